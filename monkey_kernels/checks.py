@@ -1,0 +1,55 @@
+"""Argument checks that every op shares. Each error names the argument, what was expected and
+what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OUTPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def check_positive_int(name: str, value: Any) -> None:
+    # bool is an int to Python, never to a reader of this argument.
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int; got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be positive; got {value}")
+
+
+def check_grid(grid: Any) -> tuple[int, int]:
+    """``grid`` as a (rows, columns) pair of positive ints."""
+    if not isinstance(grid, (tuple, list)) or len(grid) != 2:
+        raise ValueError(f"grid must be a pair (rows, columns); got {grid!r}")
+    rows, columns = grid
+    check_positive_int("grid rows", rows)
+    check_positive_int("grid columns", columns)
+    return rows, columns
+
+
+def check_tensor(name: str, value: Any, ndim: int, layout: str) -> None:
+    """``layout`` names the dimensions, as in ``"[B, H, W, 3]"``."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor {layout}; got {type(value).__name__}")
+    if value.dim() != ndim:
+        raise ValueError(f"{name} must have {ndim} dimensions {layout}; got {list(value.shape)}")
+
+
+def check_dtype(name: str, dtype: Any, allowed: Sequence[torch.dtype]) -> None:
+    if dtype not in allowed:
+        expected = ", ".join(str(d) for d in allowed)
+        raise TypeError(f"{name} must be one of {expected}; got {dtype}")
+
+
+def check_same(name: str, got: Any, other_name: str, expected: Any, what: str) -> None:
+    """``name`` and ``other_name`` agree in ``what`` (device, dtype, a size)."""
+    if got != expected:
+        raise ValueError(f"{name} must have the {what} of {other_name}, {expected}; got {got}")

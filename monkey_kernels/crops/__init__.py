@@ -1,0 +1,1 @@
+"""Resize, normalise and cut images into the crops that the encoder reads."""
