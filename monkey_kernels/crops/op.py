@@ -26,6 +26,7 @@ from monkey_kernels.crops.reference import (
     FILTER_RADIUS,
     FITS,
     INTERPOLATIONS,
+    extract_crops_backward_reference,
     extract_crops_reference,
     place,
 )
@@ -76,21 +77,14 @@ def _extract_crops_backward(
     crop_size: int,
     interpolation: str,
     fit: str,
-    mean: Sequence[float],
     std: Sequence[float],
 ) -> list[Tensor]:
-    # The op is affine in float images, so the gradient depends on their shapes alone: the
-    # reference is replayed on zeros, one image at a time.
-    gradients = []
-    for image, image_grad in zip(images, grad.chunk(len(images)), strict=True):
-
-        def replay(x: Tensor, dtype: torch.dtype = grad.dtype) -> Tensor:
-            settings = ((grid[0], grid[1]), crop_size, interpolation, fit, mean, std)
-            return extract_crops_reference([x], *settings, dtype)
-
-        pull_back = torch.func.vjp(replay, torch.zeros_like(image))[1]
-        gradients.append(pull_back(image_grad)[0])
-    return gradients
+    return [
+        extract_crops_backward_reference(
+            image_grad, image.shape, (grid[0], grid[1]), crop_size, interpolation, fit, std
+        ).to(image.dtype)
+        for image, image_grad in zip(images, grad.chunk(len(images)), strict=True)
+    ]
 
 
 @_extract_crops_backward.register_fake
@@ -99,7 +93,8 @@ def _(grad: Tensor, images: Sequence[Tensor], *_: Any) -> list[Tensor]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    images, *ctx.settings, _dtype = inputs
+    images, *settings, _mean, std, _dtype = inputs
+    ctx.settings = (*settings, std)
     ctx.save_for_backward(*images)
 
 

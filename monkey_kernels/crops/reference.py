@@ -221,3 +221,41 @@ def extract_crops_reference(
         )
         crops[index, local].copy_(small[0])
     return crops.flatten(0, 1)
+
+
+def extract_crops_backward_reference(
+    grad: Tensor,
+    image_shape: Sequence[int],
+    grid: tuple[int, int],
+    crop_size: int,
+    interpolation: str,
+    fit: str,
+    std: Sequence[float],
+) -> Tensor:
+    """Gradient of one float image [3, H, W] from that of its crops [R*C + 1, 3, S, S].
+
+    The crops are affine in the image, so neither its values nor ``mean`` matter.
+    """
+    rows, columns = grid
+    size = (rows * crop_size, columns * crop_size)
+    _, height, width = image_shape
+    source, target = place(height, width, size, fit)
+    aten = torch.ops.aten
+    resize_backward = getattr(aten, f"upsample_{interpolation}2d_backward")
+    antialiased_backward = getattr(aten, f"_upsample_{interpolation}2d_aa_backward")
+
+    grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
+    small = grad[-1:].contiguous()
+    canvas = resize_backward(small, (crop_size, crop_size), (1, 3, *size), False, None, None)
+    tiles = grad[:-1].unflatten(0, grid).permute(2, 0, 3, 1, 4).reshape(1, 3, *size)
+    canvas = (canvas + tiles) / grad.new_tensor(std).view(3, 1, 1)
+    inner = canvas[
+        ...,
+        target.top : target.top + target.height,
+        target.left : target.left + target.width,
+    ].contiguous()
+    window = antialiased_backward(
+        inner, inner.shape[2:], (1, 3, source.height, source.width), False, None, None
+    )
+    right, bottom = width - source.left - source.width, height - source.top - source.height
+    return F.pad(window[0], (source.left, right, source.top, bottom))

@@ -1,0 +1,158 @@
+"""Read the visual encoder out of a Monkey checkpoint directory."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from monkey_model.visual import VisionTransformer
+
+PREFIX = "transformer.visual."
+
+_FORMATS = {
+    "safetensors": ("model.safetensors.index.json", "model.safetensors"),
+    "pickle": ("pytorch_model.bin.index.json", "pytorch_model.bin"),
+}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} must be JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object; got {type(content).__name__}")
+    return content
+
+
+def _shards(directory: Path, kind: str) -> list[Path]:
+    """The files that hold the encoder's weights; empty where there are none of this kind."""
+    index_name, single = _FORMATS[kind]
+    index = directory / index_name
+    if index.is_file():
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index} must have an object 'weight_map'")
+        names = {str(shard) for key, shard in weight_map.items() if key.startswith(PREFIX)}
+        # A name is a file of this directory, never a path out of it.
+        if any(Path(name).name != name for name in names):
+            raise ValueError(f"{index} must name files of its own directory; got {sorted(names)}")
+        shards = [directory / name for name in sorted(names)]
+    else:
+        shards = [directory / single] if (directory / single).is_file() else []
+    missing = [str(shard) for shard in shards if not shard.is_file()]
+    if missing:
+        raise FileNotFoundError(f"checkpoint shards are missing: {', '.join(missing)}")
+    return shards
+
+
+def _read_safetensors(shards: Iterable[Path]) -> dict[str, Tensor]:
+    state = {}
+    for shard in shards:
+        try:
+            with safe_open(shard, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 (no mapping: it has no __iter__)
+                    if key.startswith(PREFIX):
+                        state[key.removeprefix(PREFIX)] = file.get_tensor(key)
+        except SafetensorError as error:
+            raise ValueError(f"{shard} is no readable safetensors file: {error}") from None
+    return state
+
+
+def _read_pickles(shards: Iterable[Path]) -> dict[str, Tensor]:
+    state = {}
+    for shard in shards:
+        try:
+            content = torch.load(shard, map_location="cpu", mmap=True, weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            # torch's own message goes on to say how to load the file unsafely.
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{shard} is no readable weights file: {reason}") from None
+        if not isinstance(content, dict):
+            raise ValueError(f"{shard} must hold a state dict; got {type(content).__name__}")
+        for key, tensor in content.items():
+            if key.startswith(PREFIX):
+                state[key.removeprefix(PREFIX)] = tensor
+    return state
+
+
+def _check_state(encoder: VisionTransformer, state: dict[str, Tensor], where: Path) -> None:
+    expected = encoder.state_dict()
+    problems = [f"missing {PREFIX}{key}" for key in expected if key not in state]
+    problems += [f"unexpected {PREFIX}{key}" for key in state if key not in expected]
+    problems += [
+        f"{PREFIX}{key} must be {list(expected[key].shape)}, got {list(tensor.shape)}"
+        for key, tensor in state.items()
+        if key in expected and tensor.shape != expected[key].shape
+    ]
+    if problems:
+        shown, more = problems[:20], len(problems) - 20
+        tail = f"; and {more} more" if more > 0 else ""
+        raise ValueError(
+            f"{where} does not fit the encoder of its config: {'; '.join(shown)}{tail}"
+        )
+
+
+def load_visual(
+    checkpoint: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    allow_pickle: bool = False,
+    **settings: Any,
+) -> VisionTransformer:
+    """The visual encoder of a checkpoint, in eval mode.
+
+    Reads ``config.json`` (its ``visual`` object) and the ``transformer.visual.*`` tensors, from
+    ``model.safetensors`` or the shards of its index; nothing else of the model is loaded.
+
+    Args:
+        checkpoint: directory.
+        dtype: to cast the weights to.
+        device: to put them on.
+        allow_pickle: whether ``pytorch_model*.bin`` may be read where there are no safetensors
+            files. Read with ``torch.load(weights_only=True)``; still, only from a source you trust.
+        settings: override the config: ``interpolation``, ``fit``, ``grid``. Where neither says,
+            interpolation is ``"bicubic"``, as the published checkpoints were trained.
+
+    Raises:
+        FileNotFoundError: no such directory, no config, no weights, or a shard is missing.
+        ValueError: pickles without ``allow_pickle``, a broken file, or keys or shapes that are not
+            the encoder's; each is named.
+    """
+    directory = Path(checkpoint)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"checkpoint must be a directory; got {directory}")
+    config_path = directory / "config.json"
+    if not config_path.is_file():
+        raise FileNotFoundError(f"checkpoint has no config.json: {directory}")
+    config = _read_json(config_path).get("visual")
+    if not isinstance(config, dict):
+        raise ValueError(f"{config_path} must have an object 'visual'")
+
+    shards = _shards(directory, "safetensors")
+    pickles = [] if shards else _shards(directory, "pickle")
+    if pickles and not allow_pickle:
+        raise ValueError(
+            f"checkpoint {directory} holds only pickles ({pickles[0].name}), which can run code; "
+            "pass allow_pickle=True (--allow-pickle) to read them"
+        )
+    if not shards and not pickles:
+        raise FileNotFoundError(f"checkpoint has no tensor {PREFIX}*: {directory}")
+    state = _read_safetensors(shards) if shards else _read_pickles(pickles)
+
+    try:
+        with torch.device("meta"):
+            encoder = VisionTransformer(**{"interpolation": "bicubic", **config, **settings})
+    except TypeError as error:
+        raise ValueError(f"{config_path} 'visual' does not describe an encoder: {error}") from None
+    _check_state(encoder, state, directory)
+    encoder.load_state_dict({k: v.to(device, dtype) for k, v in state.items()}, assign=True)
+    return encoder.eval()

@@ -1,0 +1,341 @@
+"""The command line: ``monkey encode`` and ``monkey doctor``."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from monkey_model.visual import VisionTransformer
+
+# torch takes seconds to import, so `monkey --help` does without: it is imported where it is used.
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="The visual encoder of the Monkey multimodal model.",
+)
+out_console = Console()
+err_console = Console(stderr=True)
+
+# A stand-in for people without a checkpoint: the real head widths and token count, few weights.
+SEEDED_CONFIG: dict[str, Any] = {
+    "image_size": 896,
+    "patch_size": 14,
+    "width": 208,
+    "layers": 2,
+    "heads": 2,
+    "mlp_ratio": 4.9231,
+    "n_queries": 256,
+    "output_dim": 512,
+}
+
+
+class Interpolation(str, Enum):
+    bilinear = "bilinear"
+    bicubic = "bicubic"
+
+
+class Fit(str, Enum):
+    stretch = "stretch"
+    crop = "crop"
+    pad = "pad"
+
+
+class DType(str, Enum):
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+def _error(message: str) -> None:
+    err_console.print(f"[bold red]Error:[/] {escape(message)}", soft_wrap=True)
+
+
+def _parse_grid(text: str) -> tuple[int, int]:
+    rows, x, columns = text.lower().partition("x")
+    if not (x and rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
+        raise typer.BadParameter(f"--grid must be ROWSxCOLUMNS, such as 2x2; got {text!r}")
+    return int(rows), int(columns)
+
+
+def _output_paths(images: Sequence[str], out: Path | None) -> list[Path]:
+    """Where each image's tokens go, checked before any work is done."""
+    if len(images) == 1 and (out is None or out.suffix == ".safetensors"):
+        paths = [out or Path("tokens.safetensors")]
+    else:
+        folder = out or Path("tokens")
+        if folder.suffix == ".safetensors":
+            raise typer.BadParameter(
+                f"--out must be a folder where there are several images; got {folder}"
+            )
+        paths = [folder / f"{Path(image).name}.safetensors" for image in images]
+    owner: dict[Path, str] = {}
+    for image, path in zip(images, paths, strict=True):
+        if path in owner:
+            raise typer.BadParameter(f"{owner[path]} and {image} would both be written to {path}")
+        owner[path] = image
+    return paths
+
+
+@contextmanager
+def _atomic(path: Path) -> Iterator[str]:
+    """A temporary name to write to, renamed to ``path`` at the end: whole, or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    os.close(handle)
+    try:
+        yield name
+        # mkstemp's file is private; what the user asked for has the usual permissions.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _build_encoder(
+    checkpoint: Path | None,
+    device: str,
+    dtype: torch.dtype,
+    allow_pickle: bool,
+    settings: dict[str, Any],
+) -> VisionTransformer:
+    import torch
+
+    from monkey_model.checkpoint import load_visual
+    from monkey_model.visual import VisionTransformer
+
+    if checkpoint is not None:
+        return load_visual(
+            checkpoint, dtype=dtype, device=device, allow_pickle=allow_pickle, **settings
+        )
+    rows, columns = settings.get("grid", (2, 2))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder = VisionTransformer(**SEEDED_CONFIG, lora_repeat_num=rows * columns, **settings)
+    return encoder.to(device, dtype).eval()
+
+
+def draw_crops(crops: Tensor, grid: tuple[int, int], adapters: Sequence[int | None]) -> Any:
+    """A picture of what the model sees: the local crops in place, the global crop beside them.
+
+    Args:
+        crops: one image's normalised crops [R*C + 1, 3, S, S].
+        grid: (rows R, columns C).
+        adapters: the adapter of each crop, None for none.
+
+    Returns:
+        A PIL image.
+    """
+    import torch
+    from PIL import Image, ImageDraw, ImageFont
+
+    from monkey_kernels import CLIP_MEAN, CLIP_STD
+
+    rows, columns = grid
+    side, gap, bar = crops.shape[-1], 16, 36
+    mean, std = (torch.tensor(c).view(3, 1, 1) for c in (CLIP_MEAN, CLIP_STD))
+    pixels = ((crops.float().cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+    cell = side + bar + gap
+    picture = Image.new("RGB", ((columns + 1) * (side + gap) + 2 * gap, rows * cell + gap), "white")
+    draw = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(22)
+    for number, (crop, adapter) in enumerate(zip(pixels, adapters, strict=True)):
+        is_global = number == rows * columns
+        row, column = (0, columns) if is_global else divmod(number, columns)
+        x = gap + column * (side + gap) + (gap if is_global else 0)
+        y = gap + row * cell
+        kind = "global" if is_global else f"row {row}, column {column}"
+        label = "no adapter" if adapter is None else f"adapter {adapter}"
+        draw.text((x, y + 4), f"crop {number} ({kind}): {label}", fill="black", font=font)
+        picture.paste(Image.fromarray(crop.permute(1, 2, 0).numpy()), (x, y + bar))
+    return picture
+
+
+@app.command()
+def encode(
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Pictures to encode.")],
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Monkey checkpoint directory; without it, random weights.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="One image: a .safetensors file (default tokens.safetensors). Several: a folder "
+            "(default tokens) that gets NAME.safetensors for each."
+        ),
+    ] = None,
+    interpolation: Annotated[
+        Interpolation | None,
+        typer.Option(help="Resize filter. Default: the checkpoint's (bicubic), else bilinear."),
+    ] = None,
+    fit: Annotated[
+        Fit | None, typer.Option(help="How an aspect ratio meets the canvas. Default: stretch.")
+    ] = None,
+    grid: Annotated[
+        str | None, typer.Option(help="ROWSxCOLUMNS of local crops. Default: the config's, 2x2.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Such as cpu or cuda:1. Default: cuda if there is one.")
+    ] = None,
+    dtype: Annotated[
+        DType | None, typer.Option(help="Default: float32 on the CPU, else bfloat16.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in one pass.")] = 1,
+    preview: Annotated[
+        Path | None, typer.Option(help="PNG of the first image's crops and their adapters.")
+    ] = None,
+    allow_urls: Annotated[bool, typer.Option(help="Fetch http(s) images.")] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option(help="Read pytorch_model*.bin, from a source you trust.")
+    ] = False,
+) -> None:
+    """Turn pictures into visual tokens, one .safetensors file for each."""
+    grid_size = _parse_grid(grid) if grid else None
+    paths = _output_paths(images, out)
+
+    import torch
+    from safetensors.torch import save_file
+
+    from monkey_model.images import load_image
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype is None:
+        dtype = DType.float32 if device == "cpu" else DType.bfloat16
+    settings: dict[str, Any] = {
+        "grid": grid_size,
+        "interpolation": interpolation.value if interpolation else None,
+        "fit": fit.value if fit else None,
+    }
+    settings = {name: value for name, value in settings.items() if value is not None}
+    try:
+        encoder = _build_encoder(
+            checkpoint, device, getattr(torch, dtype.value), allow_pickle, settings
+        )
+        adapters = encoder.adapter_index()
+    except (ValueError, OSError, RuntimeError) as error:
+        _error(str(error))
+        raise typer.Exit(2) from None
+    if checkpoint is None:
+        err_console.print(
+            "[yellow]No --checkpoint: a small encoder with random weights (seed 0) stands in. "
+            "These tokens carry no meaning.[/]"
+        )
+
+    failed: list[str] = []
+    progress = Progress(
+        TextColumn("Encoding"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=err_console,
+        disable=len(images) == 1,
+    )
+    with progress, torch.inference_mode():
+        task = progress.add_task("Encoding", total=len(images))
+        for batch in _batches(list(zip(images, paths, strict=True)), batch_size):
+            decoded = []
+            for name, path in batch:
+                try:
+                    decoded.append((name, path, load_image(name, allow_urls=allow_urls)))
+                except (ValueError, OSError) as error:
+                    failed.append(name)
+                    _error(str(error))
+            if decoded:
+                crops = encoder.extract_crops([image for *_, image in decoded])
+                if preview is not None:
+                    first = crops[: encoder.crops_per_image]
+                    picture = draw_crops(first, encoder.grid, adapters)
+                    with _atomic(preview) as file:
+                        picture.save(file, "PNG")
+                    preview = None
+                tokens = encoder.encode_crops(crops).unflatten(0, (len(decoded), -1)).flatten(1, 2)
+                for (name, path, image), row in zip(decoded, tokens, strict=True):
+                    metadata = {
+                        "image": name,
+                        "image_size": f"{image.shape[0]}x{image.shape[1]}",
+                        "checkpoint": str(checkpoint) if checkpoint else "none: random weights",
+                        "grid": f"{encoder.grid[0]}x{encoder.grid[1]}",
+                        "interpolation": encoder.interpolation,
+                        "fit": encoder.fit,
+                    }
+                    with _atomic(path) as file:
+                        save_file({"tokens": row.contiguous().cpu()}, file, metadata)
+                    shape = " x ".join(str(size) for size in row.shape)
+                    progress.console.print(
+                        f"{escape(name)}: {shape} visual tokens -> {escape(str(path))}",
+                        soft_wrap=True,
+                    )
+            progress.advance(task, len(batch))
+    if failed:
+        _error(f"{len(failed)} of {len(images)} images could not be read: {', '.join(failed)}")
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor() -> None:
+    """Print versions, devices, and which kernels can run here."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    from monkey_kernels import backend_report
+
+    versions = Table("package", "version", title="Versions")
+    versions.add_row("python", platform.python_version())
+    for package in ("monkey-vision", "torch", "triton", "transformers", "peft", "pillow"):
+        try:
+            versions.add_row(package, version(package))
+        except PackageNotFoundError:
+            versions.add_row(package, "not installed")
+    devices = Table("device", "name", "memory", title="Devices")
+    devices.add_row("cpu", platform.processor() or platform.machine(), "")
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        memory = f"{properties.total_memory / 2**30:.0f} GiB"
+        devices.add_row(f"cuda:{index}", properties.name, memory)
+    kernels = Table("op", "device", "runs", "why not Triton", title="Kernels")
+    for row in backend_report():
+        kernels.add_row(row.op, row.device, row.auto, row.why_not_triton or "")
+    for table in (versions, devices, kernels):
+        out_console.print(table)
+
+
+def main() -> None:
+    """Entry point of the ``monkey`` command."""
+    try:
+        app()
+    except BrokenPipeError:
+        # The reader (head, less) has gone; Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

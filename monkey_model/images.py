@@ -1,0 +1,411 @@
+"""Images from anywhere (paths, bytes, Pillow, numpy, torch, web) to tensors that
+``monkey_kernels.extract_crops`` takes.
+
+Pillow keeps RGB in four bytes per pixel, so a decoded picture has to be copied once into the three
+bytes of the result. It is copied in strips, straight into the result: half the time of
+``np.array(image)``, one copy of the picture fewer in memory, and every other step (conversion to
+RGB, alpha, 16 bits, EXIF rotation) works on a strip that is still in the cache.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import struct
+import time
+import urllib.parse
+from concurrent import futures
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+from socket import SOCK_STREAM, create_connection, getaddrinfo, socket
+from ssl import SSLContext, create_default_context
+from typing import IO, Any, TypeAlias
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, UnidentifiedImageError
+from torch import Tensor
+
+ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
+
+# Pixels per strip, 8 rows of a 4000x3000 photo: longer strips are hardly faster, and cost memory.
+_STRIP_PIXELS = 1 << 15
+
+# EXIF orientation: what turns the picture upright; whether that swaps rows and columns; whether the
+# first stored row becomes the last row (or column).
+_UPRIGHT: dict[Any, tuple[Image.Transpose | None, bool, bool]] = {
+    2: (Image.Transpose.FLIP_LEFT_RIGHT, False, False),
+    3: (Image.Transpose.ROTATE_180, False, True),
+    4: (Image.Transpose.FLIP_TOP_BOTTOM, False, True),
+    5: (Image.Transpose.TRANSPOSE, True, False),
+    6: (Image.Transpose.ROTATE_270, True, True),
+    7: (Image.Transpose.TRANSVERSE, True, True),
+    8: (Image.Transpose.ROTATE_90, True, False),
+}
+
+_DTYPES = ("uint8", "uint16", "bool", "float16", "bfloat16", "float32", "float64")
+
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://|data:", re.IGNORECASE)
+_MAX_REDIRECTS = 5
+_REDIRECTS = (301, 302, 303, 307, 308)
+_GLOBAL_UNICAST = IPv6Network("2000::/3")
+_TARGET_SAFE = "/?&=%:+,;@!$'()*~[]"  # what stays unquoted in a path and query
+_NAT64 = IPv6Network("64:ff9b::/96")
+
+
+def load_image(
+    source: ImageSource,
+    *,
+    allow_urls: bool = False,
+    fast_decode: tuple[int, int] | None = None,
+    max_bytes: int = 64 * 2**20,
+    timeout: float = 10.0,
+) -> Tensor:
+    """Decode one image to upright uint8 RGB.
+
+    Files follow Pillow: EXIF orientation is applied, alpha is composited on white, 16-bit grey is
+    scaled to 8 bits by ``round(v / 257)``, of an animation the first frame is taken, colour
+    profiles are ignored.
+
+    Args:
+        source: one of
+
+            - a path, or the bytes of an image file, in any format that Pillow reads;
+            - a string ``http://...`` or ``https://...``, if ``allow_urls``;
+            - a Pillow image (of an animation, its current frame). Modes ``I`` and ``F`` are grey
+              in 0..65535 and in 0..1;
+            - an array or tensor [H, W] or [H, W, C] with C = 1 (grey), 3 (RGB) or 4 (RGBA), of
+              dtype uint8 (0..255), uint16 (0..65535) or bool (black and white);
+            - a float array [H, W, 3] or a float tensor [3, H, W], 0..1.
+        allow_urls: fetch web addresses. Hosts in loopback, link-local, private and other
+            non-public networks are refused all the same, after redirects too.
+        fast_decode: (height, width) in pixels that are enough for the caller: a JPEG whose both
+            sides are at least twice that is decoded at 1/2, 1/4 or 1/8 of its size, faster and
+            less exactly, and never below that size. Ignored for what is no JPEG file.
+        max_bytes: most bytes that a web address may send.
+        timeout: seconds that a web address may take in all, redirects included.
+
+    Returns:
+        uint8 [H, W, 3], contiguous, on the CPU, or on the tensor's device if ``source`` is a
+        tensor. Float sources: [3, H, W] in their own dtype. An array or tensor that needs no
+        conversion is not copied: the result shares its memory.
+
+    Raises:
+        TypeError: ``source`` of another type, or of a dtype that is not listed.
+        ValueError: not an image, or a damaged, truncated or empty one; more pixels than
+            ``PIL.Image.MAX_IMAGE_PIXELS``; another array shape; float values outside 0..1 or NaN;
+            a web address that is not allowed, or sends more than ``max_bytes``; another URL scheme;
+            ``fast_decode``, ``max_bytes`` or ``timeout`` not positive.
+        OSError: the file cannot be opened (``FileNotFoundError``, ``IsADirectoryError``, ...), or
+            the address cannot be fetched (``TimeoutError`` after ``timeout`` seconds).
+
+    Source: upstream ``monkey_model/visual.py``, ``VisionTransformer.encode``, which converts to
+    RGB without EXIF orientation, and drops alpha.
+    """
+    if fast_decode is not None and not (
+        isinstance(fast_decode, tuple) and len(fast_decode) == 2 and min(fast_decode) >= 1
+    ):
+        raise ValueError(f"fast_decode must be a positive (height, width); got {fast_decode!r}")
+    if max_bytes < 1:
+        raise ValueError(f"max_bytes must be positive; got {max_bytes}")
+    if not timeout > 0:
+        raise ValueError(f"timeout must be a positive number of seconds; got {timeout}")
+
+    if isinstance(source, Tensor):
+        return _from_pixels(source, "tensor")
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    if isinstance(source, Image.Image):
+        return _decode(source, f"Pillow image of mode {source.mode}", None)
+    if isinstance(source, bytes):
+        return _decode(io.BytesIO(source), f"of {len(source)} bytes", fast_decode)
+    if isinstance(source, str) and (match := _SCHEME.match(source)):
+        name = repr(re.sub("//[^/]*@", "//***@", source[:200]))  # a log is no place for passwords
+        if match[0].lower() not in ("http://", "https://"):
+            raise ValueError(f"source must be a path or an http(s) URL; got {name}")
+        if not allow_urls:
+            raise ValueError(f"source is a URL, and allow_urls is False; got {name}")
+        data = _fetch(source, name, max_bytes, timeout)
+        return _decode(io.BytesIO(data), name, fast_decode)
+    if isinstance(source, (str, os.PathLike)):
+        path = os.fsdecode(source)
+        try:
+            with open(path, "rb") as file:
+                return _decode(file, repr(path), fast_decode)
+        except OSError as error:  # OSError picks its subclass by the number
+            message = f"source cannot be opened: {error.strerror}"
+            raise OSError(error.errno, message, path) from None
+    raise TypeError(
+        "source must be a path, an http(s) URL, bytes, a PIL.Image.Image, a numpy.ndarray or a "
+        f"torch.Tensor; got {type(source).__name__}"
+    )
+
+
+def _decode(
+    source: Image.Image | IO[bytes], name: str, fast_decode: tuple[int, int] | None
+) -> Tensor:
+    """A file or Pillow image to uint8 [H, W, 3]; ``name`` says in errors which one."""
+    try:
+        image = source if isinstance(source, Image.Image) else Image.open(source)
+        # Pillow itself only warns between one and two times the limit. Asking it to raise would
+        # change warning filters, which all threads share.
+        limit, count = Image.MAX_IMAGE_PIXELS, image.height * image.width
+        if limit is not None and count > limit:
+            size = f"{image.height}x{image.width} = {count} pixels"
+            raise ValueError(f"{size} exceed PIL.Image.MAX_IMAGE_PIXELS = {limit}")
+        if image.format == "EPS":
+            raise ValueError("EPS is a program, which Pillow would run in Ghostscript")
+        if fast_decode is not None and image.format in ("JPEG", "MPO"):
+            height, width = fast_decode[::-1] if _orientation(image) >= 5 else fast_decode
+            image.draft(None, (width, height))
+        image.load()
+        return _copy_pixels(image, _orientation(image))
+    except UnidentifiedImageError:
+        message = f"source {name} is not an image file of a format that Pillow reads"
+        raise ValueError(message) from None
+    except MemoryError:
+        raise
+    except Exception as error:
+        # Damaged files make Pillow's decoders raise nearly anything: OSError, SyntaxError,
+        # struct.error, IndexError, zlib.error, ...
+        raise ValueError(f"source {name} is not a readable image: {error}") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1..8; 1 (upright) where there is none."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation)
+    except (SyntaxError, struct.error, TypeError, ValueError, KeyError):
+        return 1  # broken metadata say nothing about the pixels
+    return value if isinstance(value, int) and value in _UPRIGHT else 1
+
+
+def _copy_pixels(image: Image.Image, orientation: int) -> Tensor:
+    """A loaded image to uint8 [H, W, 3], turned upright."""
+    width, height = image.size
+    if width == 0 or height == 0:
+        raise ValueError(f"it has no pixels, but {height} rows and {width} columns")
+    turn, swapped, mirrored = _UPRIGHT.get(orientation, (None, False, False))
+    pixels = torch.empty((width, height, 3) if swapped else (height, width, 3), dtype=torch.uint8)
+    upright = pixels.numpy()
+    rows = max(1, _STRIP_PIXELS // width)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        strip = image.crop((0, top, width, bottom))
+        if turn is not None:
+            strip = strip.transpose(turn)
+        part = slice(height - bottom, height - top) if mirrored else slice(top, bottom)
+        upright[(slice(None), part) if swapped else part] = _to_rgb(strip)
+    return pixels
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    """uint8 [H, W, 3], or [H, W, 1] for grey, of an image of any mode, alpha on white."""
+    if image.mode == "F":
+        values = np.asarray(image)
+        if not (values.min() >= 0 and values.max() <= 1):
+            raise ValueError(f"mode F must hold 0..1; got {values.min()}..{values.max()}")
+        return np.rint(values * 255).astype(np.uint8)[..., None]
+    if image.mode.startswith("I"):  # I, I;16 and its byte orders: Pillow's convert would clip
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"mode I must hold 0..65535; got {values.min()}..{values.max()}")
+        grey = _eight_bits(values).astype(np.uint8)
+        grey[values == image.info.get("transparency")] = 255
+        return grey[..., None]
+    if image.has_transparency_data:
+        if image.mode == "La":  # the one mode with no direct way to RGBA
+            image = image.convert("LA")
+        image = image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image)
+        image = white
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _eight_bits(values: Any) -> Any:
+    """16-bit values (in a wider dtype) to 0..255, rounded: 65535 = 257 * 255."""
+    return (values + 128) // 257
+
+
+def _from_array(array: np.ndarray) -> Tensor:
+    # Checked first: torch's own complaint would not name the argument.
+    _check_dtype("array", array.dtype.name)
+    if array.dtype.kind == "f" and (array.ndim != 3 or array.shape[2] != 3):
+        shape = list(array.shape)
+        hint = "; call .transpose(1, 2, 0)" if len(shape) == 3 and shape[0] == 3 else ""
+        raise ValueError(f"source float array must be [H, W, 3]; got {shape}{hint}")
+    # torch takes native byte order, positive strides and writable memory only; np.require copies
+    # only what has another.
+    pixels = torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ["C", "W"]))
+    return _from_pixels(pixels.permute(2, 0, 1) if pixels.is_floating_point() else pixels, "array")
+
+
+def _check_dtype(kind: str, dtype: str) -> None:
+    if dtype not in _DTYPES:
+        raise TypeError(f"source {kind} must be of dtype {', '.join(_DTYPES)}; got {dtype}")
+
+
+def _from_pixels(pixels: Tensor, kind: str) -> Tensor:
+    """Checked pixels: float [3, H, W] as they are, others as uint8 [H, W, 3]."""
+    _check_dtype(kind, str(pixels.dtype).removeprefix("torch."))
+    shape = list(pixels.shape)
+    if pixels.is_floating_point():
+        if pixels.dim() != 3 or shape[0] != 3:
+            hint = "; call .permute(2, 0, 1)" if shape[2:] == [3] else ""
+            raise ValueError(f"source float {kind} must be [3, H, W]; got {shape}{hint}")
+    elif pixels.dim() != 2 and (pixels.dim() != 3 or shape[2] not in (1, 3, 4)):
+        turn = "permute" if kind == "tensor" else "transpose"
+        hint = f"; call .{turn}(1, 2, 0)" if len(shape) == 3 and shape[0] in (1, 3, 4) else ""
+        raise ValueError(
+            f"source {kind} must be [H, W] or [H, W, C] with C = 1, 3 or 4; got {shape}{hint}"
+        )
+    if pixels.numel() == 0:
+        raise ValueError(f"source {kind} must have at least one pixel; got {shape}")
+    if pixels.is_floating_point():
+        low, high = torch.aminmax(pixels.detach())  # NaN if any value is
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"source float {kind} must hold 0..1; got {low:.6g}..{high:.6g}")
+        return pixels
+
+    if pixels.dtype == torch.uint16:
+        pixels = _eight_bits(pixels.to(torch.int32)).to(torch.uint8)
+    elif pixels.dtype == torch.bool:
+        pixels = pixels.to(torch.uint8) * 255
+    if pixels.dim() == 2:
+        pixels = pixels[..., None]
+    if pixels.shape[2] == 4:
+        colour, alpha = pixels[..., :3].to(torch.int32), pixels[..., 3:].to(torch.int32)
+        # colour * alpha + 255 * (255 - alpha), in place; + 127 rounds: 255 is odd, so no ties.
+        colour.sub_(255).mul_(alpha).add_(255 * 255 + 127)
+        pixels = colour.div_(255, rounding_mode="floor").to(torch.uint8)
+    return pixels.expand(-1, -1, 3).contiguous()
+
+
+def _fetch(url: str, name: str, max_bytes: int, timeout: float) -> bytes:
+    """The body that ``url`` answers with, after at most ``_MAX_REDIRECTS`` redirects."""
+    deadline = time.monotonic() + timeout
+    location = url
+    try:
+        for _ in range(_MAX_REDIRECTS + 1):
+            body, redirect = _get(location, max_bytes, deadline)
+            if redirect is None:
+                return body
+            location = redirect
+        raise OSError(f"more than {_MAX_REDIRECTS} redirects")
+    except (TimeoutError, futures.TimeoutError):
+        raise TimeoutError(f"source {name} took more than timeout = {timeout} s") from None
+    except (OSError, HTTPException) as error:
+        raise OSError(f"source {name} could not be fetched: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"source {name} is refused: {error}") from error
+
+
+def _get(url: str, max_bytes: int, deadline: float) -> tuple[bytes, str | None]:
+    """One GET: the body, or the address of a redirect."""
+    parts = urllib.parse.urlsplit(url)
+    if "@" in parts.netloc:
+        raise ValueError("it must not hold a user name or password")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"it leads to {url[:80]!r}, which is no http(s) URL with a host")
+    host, path = parts.hostname, parts.path or "/"
+    target = f"{path}?{parts.query}" if parts.query else path
+    connection: HTTPConnection
+    if parts.scheme == "https":
+        context = create_default_context()
+        connection = HTTPSConnection(host, parts.port, context=context)
+    else:
+        context = None
+        connection = HTTPConnection(host, parts.port)
+    with _connect(host, connection.port, context, deadline) as sock:
+        # Given its socket, http.client resolves and dials nothing itself.
+        connection.sock = _DeadlineSocket(sock, deadline)
+        headers = {"Accept": "image/*", "User-Agent": "monkey-vision"}
+        connection.request("GET", urllib.parse.quote(target, _TARGET_SAFE), headers=headers)
+        response = connection.getresponse()
+        if response.status in _REDIRECTS and (location := response.getheader("Location")):
+            return b"", urllib.parse.urljoin(url, location)
+        if response.status != 200:
+            raise OSError(f"HTTP status {response.status} {response.reason}; expected 200")
+        body = bytearray()
+        while chunk := response.read(1 << 16):  # counted here: Content-Length may lie
+            body += chunk
+            if len(body) > max_bytes:
+                raise ValueError(f"it sends more than max_bytes = {max_bytes} bytes")
+        return bytes(body), None
+
+
+def _connect(host: str, port: int, context: SSLContext | None, deadline: float) -> socket:
+    """A socket to a checked address of ``host``, which TLS still verifies by its name.
+
+    The name is resolved once, and the address that was checked is the one that is dialled: a name
+    server cannot answer the check with one address and the connection with another.
+    """
+    # In a thread, because getaddrinfo has no time limit.
+    resolver = futures.ThreadPoolExecutor(1)
+    try:
+        addresses = resolver.submit(_public_addresses, host, port).result(_remaining(deadline))
+    finally:
+        resolver.shutdown(wait=False)
+    failure = OSError(f"{host} has no address")
+    for address in addresses:
+        try:
+            sock = create_connection((address, port), _remaining(deadline))
+            return context.wrap_socket(sock, server_hostname=host) if context else sock
+        except OSError as error:
+            failure = error
+    raise failure
+
+
+def _public_addresses(host: str, port: int) -> list[str]:
+    """The addresses of ``host``. ValueError if one of them is not on the public internet."""
+    addresses = [str(info[4][0]) for info in getaddrinfo(host, port, type=SOCK_STREAM)]
+    for address in addresses:
+        if not _is_public(address):
+            raise ValueError(f"{host} is {address}, which is not a public address")
+    return addresses
+
+
+def _is_public(address: str) -> bool:
+    ip = ip_address(address)
+    if isinstance(ip, IPv6Address):
+        embedded = IPv4Address(int(ip) & 0xFFFFFFFF) if ip in _NAT64 else ip.ipv4_mapped
+        if embedded is None:
+            # 6to4 and Teredo addresses hold an IPv4 one as well, and nothing serves images there.
+            tunnel = ip.sixtofour or ip.teredo
+            return ip in _GLOBAL_UNICAST and ip.is_global and not tunnel
+        ip = embedded
+    return ip.is_global and not ip.is_multicast
+
+
+def _remaining(deadline: float) -> float:
+    seconds = deadline - time.monotonic()
+    if seconds <= 0:
+        raise TimeoutError
+    return seconds
+
+
+class _DeadlineSocket(io.RawIOBase):
+    """What http.client uses of a socket, with one deadline for all reads together: a socket's own
+    timeout starts anew with every byte that a slow server sends."""
+
+    def __init__(self, sock: socket, deadline: float) -> None:
+        self._sock, self._deadline = sock, deadline
+
+    def sendall(self, data: bytes) -> None:
+        self._sock.settimeout(_remaining(self._deadline))
+        self._sock.sendall(data)
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._sock.settimeout(_remaining(self._deadline))
+        return self._sock.recv_into(buffer)
+
+    def close(self) -> None:
+        """Nothing: http.client closes its socket before it reads the body; ``_get`` closes it."""

@@ -1,0 +1,124 @@
+"""Upstream's LoRA adapters: one per local crop, beside every adapted projection of the ViT."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+#: Which adapter a batch of crops uses: none, one for all rows, or a one-hot row per crop
+#: [crops, adapters] (a row of zeros: none).
+AdapterSelection = int | Tensor | None
+
+
+class Lora_Adapter(nn.Module):
+    """``lora_b(lora_a(dropout(x))) * lora_scale``: a low-rank term of a frozen projection.
+
+    Args:
+        d_model: width of the input.
+        out_feat: width of the output.
+        r: rank.
+        dropout: probability of dropping an input value in training.
+
+    Source: upstream ``monkey_model/visual.py``; Hu et al., LoRA (2021).
+    """
+
+    def __init__(self, d_model: int, out_feat: int, r: int = 16, dropout: float = 0.05) -> None:
+        super().__init__()
+        self.d_model = d_model
+        self.out_feat = out_feat
+        self.r = r
+        self.lora_scale = nn.Parameter(torch.ones(1))
+        self.lora_a = nn.Linear(d_model, r, bias=False)
+        self.lora_b = nn.Linear(r, out_feat, bias=False)
+        self.lora_dropout = nn.Dropout(p=dropout)
+        nn.init.kaiming_uniform_(self.lora_a.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_b.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d_model] -> [..., out_feat]."""
+        return self.lora_b(self.lora_a(self.lora_dropout(x))) * self.lora_scale
+
+
+def adapter_bank(count: int, d_model: int, out_feat: int, r: int = 16) -> nn.ModuleList:
+    """``count`` adapters of one projection, in crop order."""
+    return nn.ModuleList(Lora_Adapter(d_model, out_feat, r) for _ in range(count))
+
+
+def add_adapters(
+    output: Tensor, x: Tensor, adapters: nn.ModuleList, selection: AdapterSelection
+) -> Tensor:
+    """``output`` plus what the selected adapters make of ``x``.
+
+    A batch that mixes crops runs all adapters side by side: one product with the stacked
+    ``lora_a``, the columns of other crops' adapters set to zero, one with the stacked ``lora_b``.
+    Every row costs the rank of all adapters (4 x 16 of 1664), and there is nothing to sort.
+
+    Args:
+        output: [crops, N, out_feat], of the adapted projection.
+        x: [crops, N, d_model], its input.
+        adapters: the projection's adapters.
+        selection: see :data:`AdapterSelection`.
+
+    Returns:
+        [crops, N, out_feat].
+    """
+    if selection is None or len(adapters) == 0:
+        return output
+    if isinstance(selection, int):
+        return output + adapters[selection](x)
+    bank = [cast(Lora_Adapter, adapter) for adapter in adapters]
+    if not all(type(m) is nn.Linear for a in bank for m in (a.lora_a, a.lora_b)):
+        # Quantised or wrapped adapters have no plain weight to stack: run each as a module.
+        for column, adapter in enumerate(bank):
+            output = output + adapter(x) * selection[:, column, None, None].to(x.dtype)
+        return output
+    # A row belongs to one adapter, so dropping once is each adapter dropping on its own rows.
+    x = F.dropout(x, bank[0].lora_dropout.p, bank[0].training)
+    down = torch.cat([adapter.lora_a.weight for adapter in bank])
+    up = torch.cat([adapter.lora_b.weight * adapter.lora_scale for adapter in bank], dim=1)
+    t = F.linear(x, down).unflatten(-1, (len(bank), -1))
+    t = t * selection[:, None, :, None].to(t.dtype)
+    return output + F.linear(t.flatten(-2), up)
+
+
+def check_adapter_index(index: Sequence[int | None], adapters: int) -> None:
+    """Each entry is None or an adapter that exists.
+
+    Raises:
+        TypeError: an entry is neither an int nor None.
+        ValueError: an entry is out of range.
+    """
+    for entry in index:
+        if entry is None:
+            continue
+        if not isinstance(entry, int) or isinstance(entry, bool):
+            raise TypeError(
+                f"idx must hold adapter numbers or None; got {entry!r} ({type(entry).__name__})"
+            )
+        if not 0 <= entry < adapters:
+            raise ValueError(
+                f"idx must name one of the {adapters} adapters (0 to {adapters - 1}); got {entry}"
+                if adapters
+                else f"idx must be None: the encoder has no adapters; got {entry}"
+            )
+
+
+def select_adapters(
+    index: Sequence[int | None], adapters: int, device: torch.device
+) -> AdapterSelection:
+    """``index``, one entry per crop of a batch, as the selection that the blocks take."""
+    check_adapter_index(index, adapters)
+    if all(entry is None for entry in index):
+        return None
+    if len(set(index)) == 1:
+        return index[0]
+    one_hot = torch.zeros(len(index), adapters)
+    for row, entry in enumerate(index):
+        if entry is not None:
+            one_hot[row, entry] = 1
+    return one_hot.to(device, non_blocking=True)

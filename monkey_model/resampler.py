@@ -1,0 +1,149 @@
+"""The resampler: learned queries that read a crop's patch tokens by one cross-attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from monkey_kernels import resampler_attention
+
+
+def get_abs_pos(abs_pos: Tensor, tgt_size: int) -> Tensor:
+    """A square position table resized (bicubic) to another square.
+
+    Args:
+        abs_pos: [L, C], L a square number.
+        tgt_size: number of positions wanted, a square number.
+
+    Returns:
+        [tgt_size, C] in the dtype of ``abs_pos``; the table itself where the sizes agree.
+
+    Raises:
+        ValueError: L or tgt_size is not a square number.
+    """
+    source, target = math.isqrt(abs_pos.shape[0]), math.isqrt(tgt_size)
+    for name, side, size in (
+        ("abs_pos", source, abs_pos.shape[0]),
+        ("tgt_size", target, tgt_size),
+    ):
+        if side * side != size:
+            raise ValueError(f"{name} must have a square number of positions; got {size}")
+    if source == target:
+        return abs_pos
+    table = abs_pos.float().view(1, source, source, -1).permute(0, 3, 1, 2)
+    table = F.interpolate(table, (target, target), mode="bicubic", align_corners=False)
+    return table.permute(0, 2, 3, 1).flatten(0, 2).to(abs_pos.dtype)
+
+
+def get_2d_sincos_pos_embed(
+    embed_dim: int, grid_size: int, cls_token: bool = False
+) -> npt.NDArray[np.float32]:
+    """Fixed 2-D sine-cosine positions, the column's half of the channels before the row's.
+
+    Args:
+        embed_dim: channels, a multiple of 4.
+        grid_size: rows and columns of the square grid.
+        cls_token: whether a row of zeros for a class token comes first.
+
+    Returns:
+        [grid_size**2 (+ 1), embed_dim], a numpy array as upstream's.
+
+    Raises:
+        ValueError: embed_dim is not a positive multiple of 4.
+
+    Source: He et al., Masked Autoencoders (2021).
+    """
+    if embed_dim < 4 or embed_dim % 4:
+        raise ValueError(f"embed_dim must be a positive multiple of 4; got {embed_dim}")
+    exponent = np.arange(embed_dim // 4, dtype=np.float32) / np.float32(embed_dim / 4)
+    omega = np.float32(1) / np.float32(10000) ** exponent
+    angle = np.arange(grid_size, dtype=np.float32)[:, None] * omega
+    axis = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
+    column, row = np.tile(axis, (grid_size, 1)), np.repeat(axis, grid_size, axis=0)
+    table = np.concatenate([column, row], axis=1)
+    return np.concatenate([np.zeros_like(table[:1]), table]) if cls_token else table
+
+
+class Resampler(nn.Module):
+    """``grid_size**2`` learned queries attend to a crop's tokens: [crops, N, kv_dim] -> queries.
+
+    Args:
+        grid_size: square root of the number of queries.
+        embed_dim: width of the queries and of the attention.
+        num_heads: attention heads; divides embed_dim.
+        kv_dim: width of the tokens; embed_dim if None.
+        norm_layer: makes the LayerNorms of queries and tokens.
+
+    Raises:
+        ValueError: num_heads does not divide embed_dim.
+
+    Source: upstream ``monkey_model/visual.py``; Bai et al., Qwen-VL (2023).
+    """
+
+    def __init__(
+        self,
+        grid_size: int,
+        embed_dim: int,
+        num_heads: int,
+        kv_dim: int | None = None,
+        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or embed_dim % num_heads:
+            raise ValueError(
+                f"num_heads must divide embed_dim; got num_heads {num_heads} and embed_dim "
+                f"{embed_dim}"
+            )
+        self.num_queries = grid_size**2
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        table = torch.from_numpy(get_2d_sincos_pos_embed(embed_dim, grid_size))
+        self.pos_embed = nn.Parameter(table, requires_grad=False)
+        self.query = nn.Parameter(torch.zeros(self.num_queries, embed_dim))
+        self.kv_proj: nn.Module = nn.Identity()
+        if kv_dim is not None and kv_dim != embed_dim:
+            self.kv_proj = nn.Linear(kv_dim, embed_dim, bias=False)
+        self.attn = nn.MultiheadAttention(embed_dim, num_heads)
+        self.ln_q = norm_layer(embed_dim)
+        self.ln_kv = norm_layer(embed_dim)
+        nn.init.trunc_normal_(self.query, std=0.02)
+        self.apply(self._init_weights)
+
+    @staticmethod
+    def _init_weights(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """Tokens [crops, N, kv_dim] to visual tokens [crops, grid_size**2, embed_dim].
+
+        ``attn_mask`` is that of ``nn.MultiheadAttention``; with one, that module runs as it is.
+        """
+        tokens = self.ln_kv(self.kv_proj(x))
+        query = self.ln_q(self.query) + self.pos_embed
+        keys = tokens + get_abs_pos(self.pos_embed, tokens.shape[1])
+        if attn_mask is not None:
+            repeated = query[:, None].expand(-1, tokens.shape[0], -1)
+            out, _ = self.attn(
+                repeated,
+                keys.transpose(0, 1),
+                tokens.transpose(0, 1),
+                attn_mask=attn_mask,
+                need_weights=False,
+            )
+            return out.transpose(0, 1)
+        weights = self.attn.in_proj_weight.chunk(3)
+        biases = self.attn.in_proj_bias.chunk(3)
+        q, k, v = map(F.linear, (query, keys, tokens), weights, biases)
+        return self.attn.out_proj(resampler_attention(q, k, v, num_heads=self.num_heads))

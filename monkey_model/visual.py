@@ -1,0 +1,534 @@
+"""Monkey's visual encoder under upstream's names: images in, 256 visual tokens per crop out.
+
+An image becomes R*C local crops and a global one; each crop goes through the ViT and the
+resampler, local crop i with its own LoRA adapters i, the global one with none. State dicts are
+upstream's, key for key.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from monkey_kernels import extract_crops
+from monkey_kernels.checks import check_choice, check_grid, check_positive_int, check_tensor
+from monkey_kernels.crops.reference import FITS, INTERPOLATIONS
+from monkey_model.images import ImageSource, load_image
+from monkey_model.lora import (
+    AdapterSelection,
+    Lora_Adapter,
+    adapter_bank,
+    add_adapters,
+    check_adapter_index,
+    select_adapters,
+)
+from monkey_model.resampler import Resampler, get_2d_sincos_pos_embed, get_abs_pos
+
+__all__ = [
+    "Lora_Adapter",
+    "Resampler",
+    "TransformerBlock",
+    "VisionTransformer",
+    "VisualAttention",
+    "VisualAttentionBlock",
+    "get_2d_sincos_pos_embed",
+    "get_abs_pos",
+    "reconstruct_matrix",
+    "sliding_window",
+]
+
+
+def sliding_window(matrix: Tensor, window_size: tuple[int, int], stride: int) -> list[list[Tensor]]:
+    """Cut [B, C, H, W] into windows, as views: ``windows[row][column]`` is [B, C, *window_size]."""
+    height, width = matrix.shape[2:]
+    return [
+        [
+            matrix[:, :, top : top + window_size[0], left : left + window_size[1]]
+            for left in range(0, width - window_size[1] + 1, stride)
+        ]
+        for top in range(0, height - window_size[0] + 1, stride)
+    ]
+
+
+def reconstruct_matrix(windows: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Put the windows of :func:`sliding_window` (stride = window size) together again."""
+    return torch.cat([torch.cat(list(row), dim=3) for row in windows], dim=2)
+
+
+class VisualAttention(nn.Module):
+    """Self-attention with a packed projection and per-crop adapters; [N, crops, E], as upstream.
+
+    The packed projection is head-major: each head's q, k and v lie side by side, so all three are
+    strided views that ``F.scaled_dot_product_attention`` reads where they are.
+
+    Args:
+        embed_dim: width E.
+        num_heads: heads; divides E.
+        lora_repeat_num: number of adapters.
+
+    Raises:
+        ValueError: num_heads does not divide embed_dim, or kdim or vdim is another width.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        bias: bool = True,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        lora_repeat_num: int = 4,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or embed_dim % num_heads:
+            raise ValueError(
+                f"num_heads must divide embed_dim; got num_heads {num_heads} and embed_dim "
+                f"{embed_dim}"
+            )
+        for name, dim in (("kdim", kdim), ("vdim", vdim)):
+            if dim not in (None, embed_dim):
+                raise ValueError(
+                    f"{name} must be embed_dim, {embed_dim} (self-attention); got {dim}"
+                )
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        # Upstream ignores `bias` too: its checkpoints have both biases.
+        self.in_proj = nn.Linear(embed_dim, 3 * embed_dim)
+        self.in_proj_lora = adapter_bank(lora_repeat_num, embed_dim, 3 * embed_dim)
+        self.out_proj = nn.Linear(embed_dim, embed_dim)
+        self.out_proj_lora = adapter_bank(lora_repeat_num, embed_dim, embed_dim)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        idx: AdapterSelection = None,
+    ) -> Tensor:
+        """``query``, ``key`` and ``value`` are one tensor [N, crops, E]; returns its shape.
+
+        ``attn_mask`` is added to the scores: [N, N], or [crops * heads or 1, N, N].
+
+        Raises:
+            ValueError: key or value is not the tensor query.
+        """
+        if key is not query or value is not query:
+            raise ValueError("key and value must be the tensor query itself (self-attention)")
+        x = query.transpose(0, 1)
+        crops, tokens, _ = x.shape
+        packed = add_adapters(self.in_proj(x), x, self.in_proj_lora, idx)
+        heads = packed.view(crops, tokens, self.num_heads, -1).transpose(1, 2)
+        q, k, v = heads.chunk(3, dim=-1)
+        if attn_mask is not None and attn_mask.dim() == 3:
+            attn_mask = attn_mask.unflatten(0, (-1, self.num_heads if len(attn_mask) > 1 else 1))
+        context = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+        context = context.transpose(1, 2).flatten(2)
+        out = add_adapters(self.out_proj(context), context, self.out_proj_lora, idx)
+        return out.transpose(0, 1)
+
+
+class VisualAttentionBlock(nn.Module):
+    """Pre-norm transformer block; its third adapter bank reads the residual before ``ln_2``.
+
+    Args:
+        d_model: width.
+        n_head: attention heads.
+        mlp_ratio: hidden width of the MLP over d_model.
+        act_layer: makes the activation.
+        norm_layer: makes the LayerNorms.
+        is_cross_attention: kept for upstream's signature; only False works, there as here.
+        lora_repeat_num: number of adapters of each projection.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_head: int,
+        mlp_ratio: float = 4.0,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+        is_cross_attention: bool = False,
+        lora_repeat_num: int = 4,
+    ) -> None:
+        super().__init__()
+        if is_cross_attention:
+            raise ValueError("is_cross_attention must be False: only self-attention is supported")
+        mlp_width = int(d_model * mlp_ratio)
+        self.ln_1 = norm_layer(d_model)
+        self.ln_2 = norm_layer(d_model)
+        self.attn = VisualAttention(d_model, n_head, lora_repeat_num=lora_repeat_num)
+        self.mlp = nn.Sequential(
+            OrderedDict(
+                c_fc=nn.Linear(d_model, mlp_width),
+                gelu=act_layer(),
+                c_proj=nn.Linear(mlp_width, d_model),
+            )
+        )
+        self.mlp_lora = adapter_bank(lora_repeat_num, d_model, d_model, r=32)
+
+    def attention(
+        self,
+        q_x: Tensor,
+        k_x: Tensor | None = None,
+        v_x: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        idx: AdapterSelection = None,
+    ) -> Tensor:
+        """The attention alone, [N, crops, d_model]; ``k_x`` and ``v_x`` default to ``q_x``."""
+        k_x = q_x if k_x is None else k_x
+        v_x = q_x if v_x is None else v_x
+        mask = None if attn_mask is None else attn_mask.to(q_x.dtype)
+        return self.attn(q_x, k_x, v_x, attn_mask=mask, idx=idx)
+
+    def forward(
+        self,
+        q_x: Tensor,
+        k_x: Tensor | None = None,
+        v_x: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        idx: AdapterSelection = None,
+    ) -> Tensor:
+        """[N, crops, d_model] to the same; ``k_x`` and ``v_x`` are unused, as upstream."""
+        x = q_x + self.attention(self.ln_1(q_x), attn_mask=attn_mask, idx=idx)
+        out = x + self.mlp(self.ln_2(x))
+        residual, out = x.transpose(0, 1), out.transpose(0, 1)
+        return add_adapters(out, residual, self.mlp_lora, idx).transpose(0, 1)
+
+
+class TransformerBlock(nn.Module):
+    """The stack of blocks (upstream's name)."""
+
+    def __init__(
+        self,
+        width: int,
+        layers: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+        lora_repeat_num: int = 4,
+    ) -> None:
+        super().__init__()
+        self.width = width
+        self.layers = layers
+        self.resblocks = nn.ModuleList(
+            VisualAttentionBlock(
+                width,
+                heads,
+                mlp_ratio,
+                act_layer=act_layer,
+                norm_layer=norm_layer,
+                lora_repeat_num=lora_repeat_num,
+            )
+            for _ in range(layers)
+        )
+
+    def _norm_weight(self) -> Tensor:
+        # A LayerNorm is never quantised; upstream asks c_fc, which under 4-bit is uint8.
+        return cast(VisualAttentionBlock, self.resblocks[0]).ln_1.weight  # type: ignore[return-value]
+
+    def get_cast_dtype(self) -> torch.dtype:
+        """The dtype that the blocks compute in."""
+        return self._norm_weight().dtype
+
+    def get_cast_device(self) -> torch.device:
+        """The device of the first block."""
+        return self._norm_weight().device
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, idx: AdapterSelection = None
+    ) -> Tensor:
+        """[N, crops, width] -> [N, crops, width]."""
+        for block in self.resblocks:
+            x = block(x, attn_mask=attn_mask, idx=idx)
+        return x
+
+
+class VisionTransformer(nn.Module):
+    """Monkey's visual encoder: ViT, resampler, ``ln_post`` and ``proj``.
+
+    Args:
+        image_size: side of the canvas in pixels, or (height, width).
+        patch_size: side of a patch in pixels.
+        width: of the ViT.
+        layers: blocks of the ViT.
+        heads: of the ViT; divides width.
+        mlp_ratio: hidden width of the MLPs over width.
+        n_queries: visual tokens per crop, a square number.
+        output_dim: width of a visual token, a multiple of 128 (the resampler's head width).
+        lora_repeat_num: adapters of each projection; 0 for none.
+        crop_size: side of a crop in pixels; a multiple of patch_size.
+        grid: (rows, columns) of local crops; by default as many as the canvas holds. It outranks
+            image_size: the canvas is grid * crop_size.
+        interpolation: ``"bilinear"``, or ``"bicubic"``, which upstream's checkpoints were trained
+            with.
+        fit: ``"stretch"`` (upstream), ``"crop"`` or ``"pad"``; see
+            :func:`monkey_kernels.extract_crops`.
+        kwargs: ignored, as upstream ignores the keys of a config that it does not know.
+
+    Raises:
+        ValueError: a size that does not divide as said above, or an unknown interpolation or fit.
+
+    Source: upstream ``monkey_model/visual.py``; Li et al., Monkey (CVPR 2024).
+    """
+
+    def __init__(
+        self,
+        image_size: int | Sequence[int],
+        patch_size: int,
+        width: int,
+        layers: int,
+        heads: int,
+        mlp_ratio: float,
+        n_queries: int = 256,
+        output_dim: int = 512,
+        lora_repeat_num: int = 4,
+        *,
+        crop_size: int = 448,
+        grid: tuple[int, int] | None = None,
+        interpolation: str = "bilinear",
+        fit: str = "stretch",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        height, width_px = (
+            (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        )
+        for name, size in (
+            ("image_size", height),
+            ("image_size", width_px),
+            ("patch_size", patch_size),
+            ("crop_size", crop_size),
+            ("width", width),
+            ("layers", layers),
+        ):
+            check_positive_int(name, size)
+        if crop_size % patch_size:
+            raise ValueError(
+                f"crop_size must be a multiple of patch_size, {patch_size}; got {crop_size}"
+            )
+        if grid is None and (height % crop_size or width_px % crop_size):
+            raise ValueError(
+                f"image_size must be a multiple of crop_size, {crop_size}, where no grid is given; "
+                f"got {image_size}"
+            )
+        if math.isqrt(n_queries) ** 2 != n_queries:
+            raise ValueError(f"n_queries must be a square number; got {n_queries}")
+        if output_dim < 128 or output_dim % 128:
+            raise ValueError(f"output_dim must be a multiple of 128; got {output_dim}")
+        check_choice("interpolation", interpolation, INTERPOLATIONS)
+        check_choice("fit", fit, FITS)
+        self.image_size = (height, width_px)
+        self.patch_size = (patch_size, patch_size)
+        self.grid_size = (height // patch_size, width_px // patch_size)
+        self.output_dim = output_dim
+        self.lora_repeat_num = lora_repeat_num
+        self.crop_size = crop_size
+        self.grid = check_grid(grid or (height // crop_size, width_px // crop_size))
+        self.interpolation = interpolation
+        self.fit = fit
+
+        norm_layer = partial(nn.LayerNorm, eps=1e-6)
+        self.conv1 = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size, bias=False)
+        self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(256, width))
+        self.ln_pre = norm_layer(width)
+        self.transformer = TransformerBlock(
+            width, layers, heads, mlp_ratio, norm_layer=norm_layer, lora_repeat_num=lora_repeat_num
+        )
+        self.attn_pool = Resampler(
+            grid_size=math.isqrt(n_queries),
+            embed_dim=output_dim,
+            num_heads=output_dim // 128,
+            kv_dim=width,
+            norm_layer=norm_layer,
+        )
+        self.ln_post = norm_layer(output_dim)
+        self.proj = nn.Parameter(output_dim**-0.5 * torch.randn(output_dim, output_dim))
+
+    @property
+    def crops_per_image(self) -> int:
+        """Local crops plus the global one."""
+        return self.grid[0] * self.grid[1] + 1
+
+    def forward(self, x: Tensor, idx: int | Sequence[int | None] | None = None) -> Tensor:
+        """Visual tokens of a batch of crops.
+
+        Args:
+            x: crops [N, 3, H, W], normalised; cast to the encoder's dtype and device.
+            idx: the adapter for all of them, or one entry per crop, None where no adapter applies.
+
+        Returns:
+            [N, n_queries, output_dim].
+
+        Raises:
+            TypeError: x is no tensor, or idx is neither an int nor a sequence of ints and None.
+            ValueError: another shape, or an adapter that does not exist.
+        """
+        patch = self.patch_size[0]
+        check_tensor("x", x, 4, "[N, 3, H, W]")
+        if x.shape[1] != 3 or x.shape[2] != x.shape[3] or x.shape[2] % patch or x.shape[2] == 0:
+            raise ValueError(
+                f"x must be [N, 3, H, W] with H = W a multiple of {patch}; got {list(x.shape)}"
+            )
+        selection: AdapterSelection = None
+        if isinstance(idx, (list, tuple)):
+            if len(idx) != x.shape[0]:
+                raise ValueError(
+                    f"idx must have an entry for each of {len(x)} crops; got {len(idx)}"
+                )
+            selection = select_adapters(idx, self.lora_repeat_num, self.conv1.weight.device)
+        elif idx is not None:
+            check_adapter_index([idx], self.lora_repeat_num)  # type: ignore[list-item]
+            selection = cast(int, idx)
+        x = x.to(self.transformer.get_cast_device(), self.transformer.get_cast_dtype())
+        x = self.conv1(x).flatten(2).transpose(1, 2)
+        x = self.ln_pre(x + get_abs_pos(self.positional_embedding, x.shape[1]))
+        x = self.transformer(x.transpose(0, 1), idx=selection).transpose(0, 1)
+        return self.ln_post(self.attn_pool(x)) @ self.proj
+
+    def extract_crops(
+        self,
+        images: Sequence[ImageSource],
+        *,
+        allow_urls: bool = False,
+        fast_decode: bool = False,
+    ) -> Tensor:
+        """Decode images and cut them into crops [B * crops_per_image, 3, crop_size, crop_size].
+
+        On the encoder's device, float32. The arguments are those of :meth:`encode_images`.
+        """
+        if isinstance(images, (str, bytes)) or not isinstance(images, Sequence):
+            raise TypeError(
+                f"images must be a list of images; got {type(images).__name__} (put one image in "
+                "a list)"
+            )
+        device = self.transformer.get_cast_device()
+        canvas = (self.grid[0] * self.crop_size, self.grid[1] * self.crop_size)
+        enough = canvas if fast_decode else None
+        decoded = [
+            load_image(image, allow_urls=allow_urls, fast_decode=enough).to(device)
+            for image in images
+        ]
+        settings: dict[str, Any] = {
+            "grid": self.grid,
+            "crop_size": self.crop_size,
+            "interpolation": self.interpolation,
+            "fit": self.fit,
+        }
+        if len({image.dtype for image in decoded}) < 2:
+            return extract_crops(decoded, **settings)
+        return torch.cat([extract_crops([image], **settings) for image in decoded])
+
+    def encode(
+        self, image_paths: Sequence[ImageSource], *, allow_urls: bool = False
+    ) -> tuple[list[list[Tensor]], Tensor]:
+        """Upstream's preprocessing: local crops by row and column, and the global crops.
+
+        Args:
+            image_paths: paths (upstream), or anything else that :meth:`encode_images` takes.
+            allow_urls: whether http(s) locations may be fetched (upstream: always).
+
+        Returns:
+            ``windows[row][column]`` and ``images_448``, each [B, 3, crop_size, crop_size] float32.
+        """
+        rows, columns = self.grid
+        crops = self.extract_crops(image_paths, allow_urls=allow_urls)
+        crops = crops.unflatten(0, (-1, self.crops_per_image))
+        windows = [[crops[:, r * columns + c] for c in range(columns)] for r in range(rows)]
+        return windows, crops[:, -1]
+
+    def encode_images(
+        self,
+        images: Sequence[ImageSource],
+        *,
+        adapter_index: Sequence[int | None] | None = None,
+        crop_chunk: int | None = None,
+        allow_urls: bool = False,
+        fast_decode: bool = False,
+    ) -> Tensor:
+        """Visual tokens of whole images, all crops in one pass.
+
+        Args:
+            images: paths, PIL images, encoded bytes, numpy arrays and tensors, mixed as you like;
+                see :func:`monkey_model.images.load_image`.
+            adapter_index: the adapter of each of the crops_per_image crops; by default local crop
+                i uses adapter i and the global crop none.
+            crop_chunk: crops in one pass of the ViT. By default all on a GPU, one on the CPU, where
+                a larger batch only falls out of the cache.
+            allow_urls: whether http(s) locations may be fetched.
+            fast_decode: whether a JPEG much larger than the canvas may be decoded at 1/2, 1/4 or
+                1/8 of its size (never below the canvas): faster, and not the same pixels.
+
+        Returns:
+            [B, crops_per_image * n_queries, output_dim]: tokens in crop order.
+
+        Raises:
+            ValueError: more local crops than adapters, an adapter that does not exist, or an
+                image that cannot be read.
+        """
+        index = self.adapter_index(adapter_index)
+        crops = self.extract_crops(images, allow_urls=allow_urls, fast_decode=fast_decode)
+        tokens = self.encode_crops(crops, adapter_index=index, crop_chunk=crop_chunk)
+        return tokens.view(-1, self.crops_per_image * tokens.shape[1], tokens.shape[2])
+
+    def encode_crops(
+        self,
+        crops: Tensor,
+        *,
+        adapter_index: Sequence[int | None] | None = None,
+        crop_chunk: int | None = None,
+    ) -> Tensor:
+        """Visual tokens of crops that :func:`monkey_kernels.extract_crops` cut.
+
+        Args:
+            crops: [B * crops_per_image, 3, crop_size, crop_size], normalised, in crop order.
+            adapter_index: as in :meth:`encode_images`.
+            crop_chunk: as in :meth:`encode_images`.
+
+        Returns:
+            [B * crops_per_image, n_queries, output_dim].
+
+        Raises:
+            ValueError: not a whole number of images, or the errors of :meth:`encode_images`.
+        """
+        index = self.adapter_index(adapter_index)
+        check_tensor("crops", crops, 4, "[B * crops_per_image, 3, H, W]")
+        if len(crops) == 0 or len(crops) % self.crops_per_image:
+            raise ValueError(
+                f"crops must be a multiple of {self.crops_per_image} crops (crops per image); got "
+                f"{len(crops)}"
+            )
+        index = index * (len(crops) // self.crops_per_image)
+        if crop_chunk is None:
+            crop_chunk = 1 if self.transformer.get_cast_device().type == "cpu" else len(crops)
+        check_positive_int("crop_chunk", crop_chunk)
+        starts = range(0, len(crops), crop_chunk)
+        tokens = [self(crops[i : i + crop_chunk], index[i : i + crop_chunk]) for i in starts]
+        return tokens[0] if len(tokens) == 1 else torch.cat(tokens)
+
+    def adapter_index(self, index: Sequence[int | None] | None = None) -> list[int | None]:
+        """The adapter of each crop of an image, checked."""
+        local, adapters = self.crops_per_image - 1, self.lora_repeat_num
+        if index is None:
+            if adapters == 0:
+                return [None] * (local + 1)
+            if local > adapters:
+                raise ValueError(
+                    f"grid {self.grid} has {local} local crops but there are {adapters} adapters: "
+                    "pass adapter_index, an adapter or None for each crop"
+                )
+            return [*range(local), None]
+        if len(index) != local + 1:
+            raise ValueError(
+                f"adapter_index must have an entry for each of {local + 1} crops; got {len(index)}"
+            )
+        check_adapter_index(index, adapters)
+        return list(index)

@@ -1,0 +1,160 @@
+"""Reading the encoder out of checkpoint directories, whole and broken ones."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from monkey_model.checkpoint import PREFIX, load_visual
+from tests.golden import assert_tokens_match, load_golden
+from tests.model.test_visual import SMALL, small_encoder
+
+
+def write_config(directory, **visual):
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps({"visual": {**SMALL, **visual}}))
+
+
+def full_state(encoder):
+    """The encoder's tensors among others, as in a checkpoint of the whole model."""
+    state = {PREFIX + name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    return {**state, "transformer.wte.weight": torch.zeros(3, 3), "lm_head.weight": torch.zeros(2)}
+
+
+@pytest.fixture
+def encoder():
+    return small_encoder()
+
+
+@pytest.fixture
+def checkpoint(tmp_path, encoder):
+    """A sharded safetensors checkpoint."""
+    directory = tmp_path / "checkpoint"
+    write_config(directory)
+    state = full_state(encoder)
+    keys = sorted(state)
+    shards = {"a.safetensors": keys[::2], "b.safetensors": keys[1::2]}
+    weight_map = {}
+    for name, shard_keys in shards.items():
+        save_file({key: state[key] for key in shard_keys}, directory / name)
+        weight_map.update(dict.fromkeys(shard_keys, name))
+    index = {"metadata": {}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return directory
+
+
+def assert_same(loaded, encoder):
+    assert not loaded.training
+    for name, tensor in encoder.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_shards(checkpoint, encoder):
+    loaded = load_visual(checkpoint)
+    assert_same(loaded, encoder)
+    assert not loaded.attn_pool.pos_embed.requires_grad and loaded.proj.requires_grad
+    # Published checkpoints were trained with bicubic and do not say so.
+    assert loaded.interpolation == "bicubic"
+
+
+def test_single_file_and_settings(tmp_path, encoder):
+    write_config(tmp_path, interpolation="bilinear", fit="pad")
+    save_file(full_state(encoder), tmp_path / "model.safetensors")
+    loaded = load_visual(tmp_path)
+    assert_same(loaded, encoder)
+    assert (loaded.interpolation, loaded.fit) == ("bilinear", "pad")
+    loaded = load_visual(tmp_path, interpolation="bicubic", grid=(1, 2), dtype=torch.bfloat16)
+    assert (loaded.interpolation, loaded.grid) == ("bicubic", (1, 2))
+    assert loaded.proj.dtype == torch.bfloat16
+
+
+def test_golden_tokens_from_a_checkpoint(tmp_path):
+    golden = load_golden()
+    (tmp_path / "config.json").write_text(json.dumps({"visual": golden.config}))
+    state = {PREFIX + name: tensor for name, tensor in golden.state.items()}
+    save_file(state, tmp_path / "model.safetensors")
+    with torch.no_grad():
+        assert_tokens_match(load_visual(tmp_path).encode_images(golden.images), golden)
+
+
+def test_pickles_only_when_asked(tmp_path, encoder):
+    write_config(tmp_path)
+    torch.save(full_state(encoder), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"only pickles \(pytorch_model.bin\).*allow_pickle"):
+        load_visual(tmp_path)
+    assert_same(load_visual(tmp_path, allow_pickle=True), encoder)
+
+
+def test_pickles_run_no_code(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "attacked"), "w"))
+
+    write_config(tmp_path)
+    torch.save({PREFIX + "proj": Attack()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model.bin is no readable weights file"):
+        load_visual(tmp_path, allow_pickle=True)
+    assert not (tmp_path / "attacked").exists()
+    torch.save([1], tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model.bin must hold a state dict; got list"):
+        load_visual(tmp_path, allow_pickle=True)
+
+
+def test_missing_files(tmp_path, checkpoint):
+    with pytest.raises(FileNotFoundError, match=r"checkpoint must be a directory; got .*nowhere"):
+        load_visual(tmp_path / "nowhere")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(FileNotFoundError, match=r"checkpoint has no config.json"):
+        load_visual(empty)
+    write_config(empty)
+    with pytest.raises(FileNotFoundError, match=r"checkpoint has no tensor transformer.visual"):
+        load_visual(empty)
+    (checkpoint / "b.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"shards are missing: .*b\.safetensors"):
+        load_visual(checkpoint)
+
+
+def test_broken_files(tmp_path, checkpoint):
+    (checkpoint / "b.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match=r"b\.safetensors is no readable safetensors file"):
+        load_visual(checkpoint)
+    index = checkpoint / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {PREFIX + "proj": "../secret"}}))
+    with pytest.raises(ValueError, match=r"must name files of its own directory; got .*secret"):
+        load_visual(checkpoint)
+    index.write_text("{}")
+    with pytest.raises(ValueError, match="must have an object 'weight_map'"):
+        load_visual(checkpoint)
+    index.write_text("[]")
+    with pytest.raises(ValueError, match="must hold a JSON object; got list"):
+        load_visual(checkpoint)
+    (checkpoint / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json must be JSON"):
+        load_visual(checkpoint)
+    (checkpoint / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"config\.json must have an object 'visual'"):
+        load_visual(checkpoint)
+    index.unlink()
+    (checkpoint / "config.json").write_text('{"visual": {"width": 16}}')
+    save_file({PREFIX + "proj": torch.zeros(1)}, checkpoint / "model.safetensors")
+    with pytest.raises(ValueError, match=r"'visual' does not describe an encoder: .*missing"):
+        load_visual(checkpoint)
+
+
+def test_wrong_keys_and_shapes_are_named(tmp_path, encoder):
+    write_config(tmp_path)
+    state = full_state(encoder)
+    state[PREFIX + "proj"] = torch.zeros(3, 4)
+    state[PREFIX + "extra"] = torch.zeros(1)
+    del state[PREFIX + "ln_pre.bias"]
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError) as error:
+        load_visual(tmp_path)
+    message = str(error.value)
+    assert "missing transformer.visual.ln_pre.bias" in message
+    assert "unexpected transformer.visual.extra" in message
+    assert "transformer.visual.proj must be [128, 128], got [3, 4]" in message

@@ -1,0 +1,176 @@
+"""The command line as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.resources import files
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from monkey_model.checkpoint import PREFIX
+from monkey_model.cli import app
+from tests.golden import load_golden, relative_l2
+from tests.model.test_visual import SMALL, small_encoder
+
+SAMPLE = str(files("monkey_model") / "samples" / "harbour.jpg")
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run ``monkey ARGUMENTS`` in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments, code=0):
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert result.exit_code == code, result.output
+        return result.output
+
+    return run
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    golden = load_golden()
+    directory = tmp_path / "checkpoint"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps({"visual": golden.config}))
+    state = {PREFIX + name: tensor for name, tensor in golden.state.items()}
+    save_file(state, directory / "model.safetensors")
+    return directory
+
+
+def read(path):
+    with safe_open(path, "pt") as file:
+        return file.get_tensor("tokens"), file.metadata()
+
+
+def picture(path, colour="red"):
+    Image.new("RGB", (40, 30), colour).save(path)
+    return path
+
+
+def test_sample_without_a_checkpoint(run, tmp_path):
+    output = run("encode", SAMPLE, "--preview", "crops.png")
+    assert "1280 x 512 visual tokens -> tokens.safetensors" in output
+    assert "These tokens carry no meaning" in output
+    tokens, metadata = read("tokens.safetensors")
+    assert tokens.shape == (1280, 512) and torch.isfinite(tokens).all()
+    assert metadata["image_size"] == "960x1280"
+    assert metadata["checkpoint"] == "none: random weights"
+    with Image.open("crops.png") as preview:
+        assert preview.size == (3 * 464 + 32, 2 * 500 + 16)
+        # Where a tile is pasted, the picture's own pixels show.
+        with Image.open(SAMPLE) as sample:
+            expected = sample.resize((896, 896), Image.Resampling.BILINEAR).getpixel((100, 100))
+        shown = preview.getpixel((16 + 100, 16 + 36 + 100))
+        assert max(abs(a - b) for a, b in zip(shown, expected, strict=True)) <= 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["crops.png", "tokens.safetensors"]
+    # The seeded stand-in is the same every time.
+    run("encode", SAMPLE, "--out", "again.safetensors")
+    assert torch.equal(read("again.safetensors")[0], tokens)
+
+
+def test_checkpoint_tokens_are_the_encoders(run, checkpoint):
+    golden = load_golden()
+    output = run("encode", *golden.images, "--checkpoint", checkpoint, "--out", "made/tokens")
+    assert "no meaning" not in output
+    for row, name in enumerate(("A_image0.jpg", "A_image1.png")):
+        tokens, metadata = read(f"made/tokens/{name}.safetensors")
+        assert relative_l2(tokens[::2], golden.tokens_every_2nd[row]) <= 2e-5
+        assert metadata["interpolation"] == "bicubic" and metadata["grid"] == "2x2"
+
+
+def test_options(run, tmp_path):
+    path = picture(tmp_path / "a.png")
+    run("encode", path, "--grid", "1x3", "--fit", "pad", "--interpolation", "bicubic",
+        "--dtype", "bfloat16", "--device", "cpu", "--out", "x.safetensors")  # fmt: skip
+    tokens, metadata = read("x.safetensors")
+    assert tokens.shape == (4 * 256, 512) and tokens.dtype == torch.bfloat16
+    assert (metadata["grid"], metadata["fit"]) == ("1x3", "pad")
+    assert metadata["interpolation"] == "bicubic"
+
+
+def test_one_bad_image_among_many(run, tmp_path):
+    good = [picture(tmp_path / f"{name}.png", name) for name in ("red", "green", "blue")]
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(b"no picture")
+    missing = tmp_path / "missing.jpg"
+    images = [good[0], bad, good[1], missing, good[2]]
+    output = run("encode", *images, "--batch-size", "2", code=1)
+    assert "bad.jpg' is not an image file" in output
+    assert "missing.jpg" in output and "2 of 5 images could not be read" in output
+    names = sorted(path.name for path in (tmp_path / "tokens").iterdir())
+    assert names == ["blue.png.safetensors", "green.png.safetensors", "red.png.safetensors"]
+    # Batching changes nothing.
+    run("encode", good[2], "--out", "alone.safetensors")
+    together, alone = read("tokens/blue.png.safetensors")[0], read("alone.safetensors")[0]
+    torch.testing.assert_close(together, alone)
+
+
+def test_nothing_is_half_written(run, tmp_path, monkeypatch):
+    def interrupted(tensors, path, metadata):
+        with open(path, "wb") as file:
+            file.write(b"half")
+        raise KeyboardInterrupt
+
+    path = picture(tmp_path / "a.png")
+    (tmp_path / "tokens.safetensors").write_bytes(b"an earlier run")
+    monkeypatch.setattr("safetensors.torch.save_file", interrupted)
+    run("encode", path, code=130)
+    assert (tmp_path / "tokens.safetensors").read_bytes() == b"an earlier run"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "tokens.safetensors"]
+
+
+def test_usage_errors(run, tmp_path, checkpoint):
+    a = picture(tmp_path / "a.png")
+    (tmp_path / "b").mkdir()
+    b = picture(tmp_path / "b" / "a.png")
+    assert "would both be written to" in run("encode", a, b, code=2)
+    assert "must be a folder" in run("encode", a, b, "--out", "x.safetensors", code=2)
+    assert "ROWSxCOLUMNS" in run("encode", a, "--grid", "2", code=2)
+    assert "ROWSxCOLUMNS" in run("encode", a, "--grid", "0x2", code=2)
+    assert "must be a directory; got nowhere" in run("encode", a, "--checkpoint", "nowhere", code=2)
+    assert "allow_urls is False" in run("encode", "https://example.com/a.png", code=1)
+    many = run("encode", a, "--checkpoint", checkpoint, "--grid", "3x3", code=2)
+    assert "9 local crops but there are 4 adapters" in many
+    assert "Error" in run("encode", a, "--device", "nonsense", code=2)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_pickle_checkpoint(run, tmp_path):
+    encoder = small_encoder()
+    directory = tmp_path / "pickled"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps({"visual": SMALL}))
+    state = {PREFIX + name: tensor for name, tensor in encoder.state_dict().items()}
+    torch.save(state, directory / "pytorch_model.bin")
+    a = picture(tmp_path / "a.png")
+    assert "--allow-pickle" in run("encode", a, "--checkpoint", directory, code=2)
+    run("encode", a, "--checkpoint", directory, "--allow-pickle")
+    assert read("tokens.safetensors")[0].shape == (20, 128)
+
+
+def test_doctor(run):
+    output = run("doctor")
+    assert f"{torch.__version__}" in output
+    assert "extract_crops" in output and "resampler_attention" in output
+
+
+def test_help_is_quick_and_shows_no_traceback():
+    """Without torch: a blocked import would fail."""
+    program = (
+        "import sys; sys.modules['torch'] = None; sys.argv = ['monkey', 'encode', '--help']\n"
+        "from monkey_model.cli import main; main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    )
+    assert "--checkpoint" in done.stdout
