@@ -358,6 +358,11 @@ class VisionTransformer(nn.Module):
         """Local crops plus the global one."""
         return self.grid[0] * self.grid[1] + 1
 
+    @property
+    def canvas_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of the resized image that the local crops tile."""
+        return self.grid[0] * self.crop_size, self.grid[1] * self.crop_size
+
     def forward(self, x: Tensor, idx: int | Sequence[int | None] | None = None) -> Tensor:
         """Visual tokens of a batch of crops.
 
@@ -411,8 +416,7 @@ class VisionTransformer(nn.Module):
                 "a list)"
             )
         device = self.transformer.get_cast_device()
-        canvas = (self.grid[0] * self.crop_size, self.grid[1] * self.crop_size)
-        enough = canvas if fast_decode else None
+        enough = self.canvas_size if fast_decode else None
         decoded = [
             load_image(image, allow_urls=allow_urls, fast_decode=enough).to(device)
             for image in images

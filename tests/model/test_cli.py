@@ -61,6 +61,7 @@ def test_sample_without_a_checkpoint(run, tmp_path):
     output = run("encode", SAMPLE, "--preview", "crops.png")
     assert "1280 x 512 visual tokens -> tokens.safetensors" in output
     assert "These tokens carry no meaning" in output
+    assert "harbour.jpg -> crops.png" in output
     tokens, metadata = read("tokens.safetensors")
     assert tokens.shape == (1280, 512) and torch.isfinite(tokens).all()
     assert metadata["image_size"] == "960x1280"
@@ -96,6 +97,15 @@ def test_options(run, tmp_path):
     assert tokens.shape == (4 * 256, 512) and tokens.dtype == torch.bfloat16
     assert (metadata["grid"], metadata["fit"]) == ("1x3", "pad")
     assert metadata["interpolation"] == "bicubic"
+
+
+def test_fast_decode(run, tmp_path):
+    Image.effect_noise((2000, 2400), 90).resize((4000, 4800)).save(tmp_path / "large.jpg")
+    run("encode", "large.jpg", "--out", "exact.safetensors")
+    run("encode", "large.jpg", "--fast-decode", "--out", "fast.safetensors")
+    exact, fast = read("exact.safetensors"), read("fast.safetensors")
+    assert (exact[1]["image_size"], fast[1]["image_size"]) == ("4800x4000", "1200x1000")
+    assert 0 < relative_l2(fast[0], exact[0]) < 0.2
 
 
 def test_one_bad_image_among_many(run, tmp_path):
