@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from monkey_kernels import resampler_attention
+from monkey_model.folded import FoldedResampler, fold_resampler
 
 
 def get_abs_pos(abs_pos: Tensor, tgt_size: int) -> Tensor:
@@ -100,6 +102,8 @@ class Resampler(nn.Module):
                 f"num_heads must divide embed_dim; got num_heads {num_heads} and embed_dim "
                 f"{embed_dim}"
             )
+        self.fold_enabled = True
+        self._folded: tuple[tuple[Any, ...], FoldedResampler] | None = None
         self.num_queries = grid_size**2
         self.embed_dim = embed_dim
         self.num_heads = num_heads
@@ -125,25 +129,97 @@ class Resampler(nn.Module):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
 
+    def fold(self, enabled: bool = True) -> Resampler:
+        """Allow (the default) or forbid the folded form; see :mod:`monkey_model.folded`.
+
+        Where it is allowed, it runs in eval mode while gradients are off, on plain modules (not
+        where an adapter or a quantised layer wraps a projection). It is built at the first such
+        call and again when a parameter has changed, moved or been cast. Compiled and exported
+        graphs use what an eager call has built, with the parameters of that time, until the module
+        is moved, loaded or trained.
+        """
+        self.fold_enabled = enabled
+        self._folded = None
+        return self
+
+    def _foldable(self) -> bool:
+        return (
+            self.fold_enabled
+            and not self.training
+            and not torch.is_grad_enabled()
+            and type(self.kv_proj) is nn.Linear
+            and type(self.attn) is nn.MultiheadAttention
+            # The class that nn.MultiheadAttention itself puts there.
+            and type(self.attn.out_proj) is nn.modules.linear.NonDynamicallyQuantizableLinear
+            and type(self.ln_kv) is nn.LayerNorm
+            and self.ln_kv.bias is not None
+        )
+
+    def _fold(self, tokens: int) -> FoldedResampler | None:
+        """The folded form for crops of this many tokens, None where it cannot be used."""
+        if self.training:
+            self._folded = None
+        if not self._foldable():
+            return None
+        if torch.compiler.is_compiling():
+            return self._folded[1] if self._folded and self._folded[0][0] == tokens else None
+        parameters = list(self.parameters())
+        if any(p.is_inference() or p.is_meta for p in parameters):
+            return None  # changes to these cannot be seen
+        key = (tokens, *((p.data_ptr(), p._version, p.dtype, p.device) for p in parameters))
+        if self._folded is None or self._folded[0] != key:
+            with torch.autocast(parameters[0].device.type, enabled=False):
+                table = get_abs_pos(self.pos_embed.detach(), tokens)
+                self._folded = (key, fold_resampler(self, table))
+        return self._folded[1]
+
+    def train(self, mode: bool = True) -> Resampler:
+        """As ``nn.Module.train``; training drops the folded form."""
+        if mode:
+            self._folded = None
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Resampler:
+        self._folded = None  # the module moves or is cast
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._folded = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_folded": None}  # a cache: not copied, not pickled
+
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """Tokens [crops, N, kv_dim] to visual tokens [crops, grid_size**2, embed_dim].
 
-        ``attn_mask`` is that of ``nn.MultiheadAttention``; with one, that module runs as it is.
+        ``attn_mask`` is that of ``nn.MultiheadAttention``: boolean (True: not allowed) or added to
+        the scores, [Nq, N] or [crops * num_heads, Nq, N].
         """
+        if attn_mask is None and (folded := self._fold(x.shape[1])) is not None:
+            return folded(x)
         tokens = self.ln_kv(self.kv_proj(x))
         query = self.ln_q(self.query) + self.pos_embed
         keys = tokens + get_abs_pos(self.pos_embed, tokens.shape[1])
-        if attn_mask is not None:
+        if type(self.attn) is not nn.MultiheadAttention:
+            # Something wraps the attention as a whole and has to run as it is.
             repeated = query[:, None].expand(-1, tokens.shape[0], -1)
-            out, _ = self.attn(
-                repeated,
-                keys.transpose(0, 1),
-                tokens.transpose(0, 1),
-                attn_mask=attn_mask,
-                need_weights=False,
-            )
+            keys, tokens = keys.transpose(0, 1), tokens.transpose(0, 1)
+            out, _ = self.attn(repeated, keys, tokens, attn_mask=attn_mask, need_weights=False)
             return out.transpose(0, 1)
         weights = self.attn.in_proj_weight.chunk(3)
         biases = self.attn.in_proj_bias.chunk(3)
         q, k, v = map(F.linear, (query, keys, tokens), weights, biases)
-        return self.attn.out_proj(resampler_attention(q, k, v, num_heads=self.num_heads))
+        if attn_mask is None:
+            out = resampler_attention(q, k, v, num_heads=self.num_heads)
+        else:
+            out = self._masked_attention(q, k, v, attn_mask)
+        return self.attn.out_proj(out)
+
+    def _masked_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        mask = ~mask if mask.dtype == torch.bool else mask.to(q.dtype)
+        if mask.dim() == 3:
+            mask = mask.unflatten(0, (-1, self.num_heads))
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q.expand(k.shape[0], -1, -1, -1), k, v, mask)
+        return out.transpose(1, 2).flatten(2)

@@ -1,0 +1,102 @@
+"""The resampler for inference, with its linear maps multiplied out: half the arithmetic.
+
+With W_p = kv_proj [E, Dv], C = I - 11^T/E (takes the mean off), g and b the weight and bias of
+ln_kv, and y = C W_p x, the LayerNorm is ``y / s * g + b`` with ``s^2 = |y|^2 / E + eps``. So
+
+- K = W_k diag(g) C W_p (x / s) + [W_k (P + b) + b_k]: one product of size [E, Dv] in place of
+  [E, Dv] and [E, E]; the bracket depends on the position alone;
+- V = W_v diag(g) C W_p (x / s) + [W_v b + b_v]: the bracket passes through the softmax, whose rows
+  sum to 1, and through W_o into the output's bias;
+- s^2 = |R x|^2 + eps with R upper triangular, from the QR of C W_p / sqrt(E);
+- the queries are constants, projected once.
+
+Folded weights have to be rounded to the parameters' dtype, and that error is the same for every
+token: attention averages the rounding of tokens away, but not this. It shows where tokens share a
+large component, as a ViT's do. So the mean m of a crop's x / s is taken off first. In K it would
+add the same score to every key, which the softmax ignores; in V it again goes straight to the
+output, as (W_o W_v diag(g) C W_p) m, computed in float32. What is left is closer to float64 than
+the unfolded form, in every dtype.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from monkey_kernels import resampler_attention
+
+if TYPE_CHECKING:
+    from monkey_model.resampler import Resampler
+
+
+@dataclass(frozen=True)
+class FoldedResampler:
+    """The constants of a resampler for crops of N tokens; see the module's docstring."""
+
+    num_heads: int
+    eps: float
+    norm: Tensor  # R [Dv, Dv]
+    kv_weight: Tensor  # [2E, Dv]
+    query: Tensor  # [Nq, E]
+    key_bias: Tensor  # [N, E]
+    out_weight: Tensor  # W_o [E, E]
+    out_bias: Tensor  # [E] float32 (float64 in a float64 model)
+    mean_weight: Tensor  # W_o W_v diag(g) C W_p [E, Dv], as out_bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Tokens [crops, N, Dv] to visual tokens [crops, Nq, E]."""
+        norm = F.linear(x, self.norm).to(self.out_bias.dtype)
+        inverse = (norm.square().sum(-1, keepdim=True) + self.eps).rsqrt()
+        scaled = x * inverse  # promoted to float32
+        mean = scaled.mean(dim=1, keepdim=True)
+        key, value = F.linear((scaled - mean).to(x.dtype), self.kv_weight).chunk(2, dim=-1)
+        key += self.key_bias
+        query = self.query.to(key.dtype)  # under autocast the projections are of another dtype
+        out = F.linear(
+            resampler_attention(query, key, value, num_heads=self.num_heads), self.out_weight
+        )
+        with torch.autocast(x.device.type, enabled=False):
+            bias = F.linear(mean, self.mean_weight, self.out_bias)
+        return (out + bias).to(out.dtype)
+
+
+def fold_resampler(resampler: Resampler, position_table: Tensor) -> FoldedResampler:
+    """Multiply out the weights of ``resampler`` in float64.
+
+    Args:
+        resampler: with a plain ``nn.Linear`` as kv_proj and a plain ``nn.MultiheadAttention``.
+        position_table: P [N, E], of the tokens.
+    """
+    # Plain tensors, whichever mode the caller is in: a compiled graph takes no inference tensors.
+    with torch.inference_mode(False), torch.no_grad():
+        attn, norm = resampler.attn, cast(nn.LayerNorm, resampler.ln_kv)
+        dtype, width = resampler.query.dtype, resampler.embed_dim
+        precise = torch.promote_types(dtype, torch.float32)
+        g, b = norm.weight.double(), norm.bias.double()
+        projection = cast(nn.Linear, resampler.kv_proj).weight.double()
+        projection = projection - projection.mean(dim=0)
+        r = torch.linalg.qr(projection / math.sqrt(width), mode="r").R
+        projection *= g[:, None]
+        w_q, w_k, w_v = (w.double() for w in attn.in_proj_weight.chunk(3))
+        b_q, b_k, b_v = (bias.double() for bias in attn.in_proj_bias.chunk(3))
+        w_o, b_o = attn.out_proj.weight.double(), attn.out_proj.bias.double()
+
+        query = copy.deepcopy(resampler.ln_q).double()(resampler.query.double())
+        value_weight = w_v @ projection
+        return FoldedResampler(
+            num_heads=resampler.num_heads,
+            eps=norm.eps,
+            norm=r.to(dtype),
+            kv_weight=torch.cat([w_k @ projection, value_weight]).to(dtype),
+            query=F.linear(query + resampler.pos_embed.double(), w_q, b_q).to(dtype),
+            key_bias=F.linear(position_table.double() + b, w_k, b_k).to(dtype),
+            out_weight=attn.out_proj.weight.detach(),
+            out_bias=(w_o @ (w_v @ b + b_v) + b_o).to(precise),
+            mean_weight=(w_o @ value_weight).to(precise),
+        )

@@ -1,0 +1,328 @@
+"""The resampler, folded and not: accuracy against float64, when the fold is used, and compilers."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from monkey_model import folded as folded_module
+from monkey_model import resampler as resampler_module
+from monkey_model.resampler import Resampler, get_abs_pos
+from tests.golden import load_golden, relative_l2
+
+SMALL = {"grid_size": 4, "embed_dim": 256, "num_heads": 2, "kv_dim": 96}
+REAL = {"grid_size": 16, "embed_dim": 4096, "num_heads": 32, "kv_dim": 1664}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def make_resampler(seed: int = 0, **settings) -> Resampler:
+    """Random weights, so that no bias, LayerNorm or query is a no-op."""
+    torch.manual_seed(seed)
+    resampler = Resampler(**{**SMALL, **settings})
+    with torch.no_grad():
+        for name, parameter in resampler.named_parameters():
+            if "ln_" in name and "weight" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            elif "bias" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            elif name == "query":
+                parameter.mul_(10)
+    return resampler.eval()
+
+
+def plain_form(resampler: Resampler, x: Tensor) -> Tensor:
+    """Upstream's form on torch's own modules, in the resampler's dtype."""
+    tokens = resampler.ln_kv(resampler.kv_proj(x)).transpose(0, 1)
+    query = (resampler.ln_q(resampler.query) + resampler.pos_embed)[:, None]
+    keys = tokens + get_abs_pos(resampler.pos_embed, x.shape[1])[:, None]
+    query = query.expand(-1, x.shape[0], -1)
+    return resampler.attn(query, keys, tokens, need_weights=False)[0].transpose(0, 1)
+
+
+def tokens_like(kind: str, shape: tuple[int, int, int]) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(shape, generator=generator)
+    if kind == "norms over six orders":
+        x *= torch.logspace(-3, 3, shape[1])[torch.randperm(shape[1], generator=generator), None]
+    elif kind == "a zero token":
+        x[:, 3] = 0
+    elif kind == "large mean":
+        x += 30
+    elif kind == "a few huge channels":
+        x[..., :3] += torch.tensor([300.0, -150.0, 90.0])
+    return x
+
+
+KINDS = ["normal", "norms over six orders", "a zero token", "large mean", "a few huge channels"]
+
+
+@torch.no_grad()
+def assert_accurate(name: str, resampler: Resampler, x: Tensor, dtype: torch.dtype) -> None:
+    """Folded and unfolded: at most 1.1 times the float64 error of torch's form in the dtype."""
+    resampler = copy.deepcopy(resampler).to(dtype)
+    x = x.to(dtype)
+    exact = plain_form(copy.deepcopy(resampler).double(), x.double())
+    plain = relative_l2(plain_form(resampler, x), exact)
+    for form in ("folded", "unfolded"):
+        out = resampler.fold(form == "folded")(x)
+        assert (resampler._folded is not None) == (form == "folded")
+        assert out.dtype == dtype and torch.isfinite(out).all()
+        error = relative_l2(out, exact)
+        report = f"{name}, {dtype}, {form}: {error:.3e}, plain torch {plain:.3e}"
+        print(report)
+        assert error <= 1.1 * plain, report
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_accuracy_small(kind, dtype, seed):
+    assert_accurate(kind, make_resampler(seed), tokens_like(kind, (2, 64, 96)), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_accuracy_tiny_layer_norm_weights(dtype):
+    resampler = make_resampler()
+    with torch.no_grad():
+        resampler.ln_kv.weight.mul_(1e-3)
+        resampler.ln_kv.weight[::7] = 0
+    assert_accurate("LayerNorm near 0", resampler, tokens_like("normal", (2, 64, 96)), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["normal", "a few huge channels"])
+def test_accuracy_real_width(kind, dtype):
+    assert_accurate(
+        f"real, {kind}", make_resampler(**REAL), tokens_like(kind, (1, 256, 1664)), dtype
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_accuracy_golden_weights(dtype):
+    resampler = load_golden().encoder().attn_pool
+    for kind in KINDS:
+        assert_accurate(f"golden, {kind}", resampler, tokens_like(kind, (2, 64, 32)), dtype)
+
+
+def test_planted_wrong_fold_is_caught(monkeypatch):
+    """Without the output's share of the mean: what attention averages would hide it."""
+
+    def wrong(resampler, table):
+        form = right(resampler, table)
+        form.mean_weight.zero_()
+        return form
+
+    right = folded_module.fold_resampler
+    monkeypatch.setattr(resampler_module, "fold_resampler", wrong)
+    with pytest.raises(AssertionError):
+        assert_accurate("", make_resampler(), tokens_like("normal", (2, 64, 96)), torch.bfloat16)
+
+
+# ---- when the fold is used --------------------------------------------------------------------
+
+
+@pytest.fixture
+def builds(monkeypatch):
+    """A list that grows with each build of the folded form."""
+    made = []
+    right = folded_module.fold_resampler
+
+    def counting(*arguments):
+        made.append(1)
+        return right(*arguments)
+
+    monkeypatch.setattr(resampler_module, "fold_resampler", counting)
+    return made
+
+
+def assert_is_plain_form(resampler, x):
+    with torch.no_grad():
+        torch.testing.assert_close(resampler(x), plain_form(resampler, x), rtol=1e-4, atol=1e-5)
+
+
+def test_built_once_and_rebuilt_when_a_parameter_changes(builds):
+    resampler, x = make_resampler(), torch.randn(2, 64, 96)
+    for _ in range(3):
+        assert_is_plain_form(resampler, x)
+    assert len(builds) == 1
+    for name, parameter in resampler.named_parameters():
+        with torch.no_grad():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        before = len(builds)
+        assert_is_plain_form(resampler, x)
+        assert len(builds) == before + 1, name
+    optimizer = torch.optim.SGD([p for p in resampler.parameters() if p.requires_grad], lr=0.1)
+    resampler(x).square().mean().backward()
+    optimizer.step()
+    before = len(builds)
+    assert_is_plain_form(resampler, x)
+    assert len(builds) == before + 1
+    assert_is_plain_form(resampler, torch.randn(2, 16, 96))  # another number of tokens
+    assert len(builds) == before + 2
+
+
+def test_rebuilt_after_cast_load_and_replacement(builds):
+    resampler, x = make_resampler(), torch.randn(2, 64, 96)
+    assert_is_plain_form(resampler, x)
+    resampler.double()
+    with torch.no_grad():
+        exact = plain_form(resampler, x.double())
+        torch.testing.assert_close(resampler(x.double()), exact, rtol=1e-6, atol=1e-6)
+    resampler.float().load_state_dict(make_resampler(seed=5).state_dict())
+    assert_is_plain_form(resampler, x)
+    resampler.ln_kv.weight = nn.Parameter(torch.rand(256))
+    assert_is_plain_form(resampler, x)
+    assert len(builds) == 4
+
+
+def test_training_drops_it(builds):
+    resampler, x = make_resampler(), torch.randn(2, 64, 96)
+    resampler(x)  # gradients are on: the module's own projections
+    assert not builds
+    assert_is_plain_form(resampler, x)
+    assert resampler._folded is not None
+    resampler.train()
+    assert resampler._folded is None
+    with torch.no_grad():
+        resampler(x)
+    assert len(builds) == 1
+    resampler.eval().fold(False)
+    assert_is_plain_form(resampler, x)
+    assert len(builds) == 1
+    resampler.fold()
+    with torch.inference_mode():
+        resampler(x)
+    assert len(builds) == 2
+
+
+def test_parameters_made_in_inference_mode_are_not_folded(builds):
+    """They have no version counter, so a change to them could not be seen."""
+    with torch.inference_mode():
+        resampler, x = make_resampler(), torch.randn(2, 64, 96)
+        before = resampler(x)
+        resampler.ln_kv.weight.mul_(2)
+        assert not torch.allclose(resampler(x), before)
+    assert not builds
+
+
+def test_copies_and_pickles_leave_the_cache(builds):
+    resampler, x = make_resampler(), torch.randn(2, 64, 96)
+    assert_is_plain_form(resampler, x)
+    for other in (copy.deepcopy(resampler), pickle.loads(pickle.dumps(resampler))):
+        assert other._folded is None
+        assert_is_plain_form(other, x)
+    assert set(resampler.state_dict()) == {name for name, _ in resampler.named_parameters()}
+
+
+@pytest.mark.parametrize("target", ["kv_proj", "out_proj", "attn"])
+def test_peft_wraps_a_projection(builds, target):
+    """The adapter trains and counts in eval too, where the fold would leave it out."""
+    x = torch.randn(2, 64, 96)
+    model = nn.ModuleDict({"attn_pool": make_resampler()})
+    expected = model["attn_pool"](x).detach()
+    model = get_peft_model(model, LoraConfig(target_modules=[target]))
+    resampler = model.base_model.model["attn_pool"]
+    for module in resampler.modules():
+        if hasattr(module, "lora_B"):
+            nn.init.normal_(module.lora_B["default"].weight, std=0.1)
+    out = resampler(x)
+    out.backward(torch.randn_like(out))
+    trained = {name for name, p in resampler.named_parameters() if p.grad is not None}
+    assert trained and all("lora_" in name for name in trained)
+    with torch.no_grad():
+        torch.testing.assert_close(resampler.eval()(x), out)
+    assert not torch.allclose(out, expected) and not builds
+
+
+def test_no_repeated_query_and_no_attention_matrix_is_saved():
+    resampler = make_resampler().train()
+    crops, tokens, heads, queries, width = 3, 64, 2, 16, 256
+    x = torch.randn(crops, tokens, 96, requires_grad=True)
+    saved: dict[int, Tensor] = {}
+    parameters = {p.untyped_storage().data_ptr() for p in resampler.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            saved[storage.data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = resampler(x)
+    out.backward(torch.randn_like(out))
+    shapes = sorted(list(tensor.shape) for tensor in saved.values())
+    assert not any(heads * queries * tokens <= tensor[0].numel() for tensor in saved.values()
+                   if tensor.shape[-2:] == (queries, tokens)), shapes  # fmt: skip
+    numel = sum(tensor.untyped_storage().nbytes() // 4 for tensor in saved.values())
+    # kv_proj's input and output (LayerNorm's input), tokens, keys (input of a projection), K, V.
+    per_token = tokens * (96 + 5 * width)
+    # Attention's output and log-sum-exp per crop; the shared query's own chain once.
+    per_query = queries * (width + heads)
+    statistics = 2 * tokens
+    limit = crops * (per_token + per_query + statistics) + queries * (4 * width + 2)
+    assert numel <= limit, (numel, limit, shapes)
+
+
+# ---- compilers, autocast, masks ---------------------------------------------------------------
+
+
+def test_compile_without_graph_breaks():
+    x = torch.randn(2, 64, 96)
+    train = make_resampler().train()
+    out_grad = torch.randn(2, 16, 256)
+    parameters = [p for p in train.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(train(x), parameters, out_grad)
+    compiled = torch.compile(train, fullgraph=True, backend="aot_eager")
+    got = torch.autograd.grad(compiled(x), parameters, out_grad)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+    resampler = make_resampler()
+    compiled = torch.compile(resampler, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        unfolded = compiled(x)
+        torch.testing.assert_close(unfolded, plain_form(resampler, x), rtol=1e-4, atol=1e-5)
+        resampler(x)  # an eager call folds; the compiled one takes it from there
+        torch.testing.assert_close(compiled(x), unfolded, rtol=1e-4, atol=1e-5)
+        resampler.load_state_dict(make_resampler(seed=3).state_dict())
+        expected = plain_form(resampler, x)
+        torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_export(fold):
+    resampler, x = make_resampler().fold(fold), torch.randn(2, 64, 96)
+    with torch.no_grad():
+        expected = resampler(x)
+        program = torch.export.export(resampler, (x,))
+        torch.testing.assert_close(program.module()(x), expected, rtol=1e-4, atol=1e-5)
+    graphs = [m.graph for m in program.graph_module.modules() if hasattr(m, "graph")]
+    products = [n for graph in graphs for n in graph.nodes if "linear" in str(n.target)]
+    # Folded: R, [K; V], W_o, the mean's share. Else: kv_proj, query, key, value, W_o.
+    assert len(products) == (4 if fold else 5)
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_autocast(fold):
+    resampler, x = make_resampler().fold(fold), torch.randn(2, 64, 96)
+    with torch.no_grad():
+        exact = plain_form(resampler, x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = resampler(x)
+    assert out.dtype == torch.bfloat16
+    assert relative_l2(out, exact) < 2e-2
+
+
+def test_masks_are_multihead_attentions():
+    resampler, x = make_resampler(), torch.randn(3, 9, 96)
+    tokens = resampler.ln_kv(resampler.kv_proj(x)).transpose(0, 1)
+    query = (resampler.ln_q(resampler.query) + resampler.pos_embed)[:, None].expand(-1, 3, -1)
+    keys = tokens + get_abs_pos(resampler.pos_embed, 9)[:, None]
+    boolean = torch.rand(16, 9) < 0.3
+    for mask in (boolean, torch.randn(16, 9), torch.randn(6, 16, 9), boolean.expand(6, -1, -1)):
+        expected = resampler.attn(query, keys, tokens, attn_mask=mask)[0].transpose(0, 1)
+        torch.testing.assert_close(resampler(x, attn_mask=mask), expected)
