@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image, ImageOps
 
+from monkey_model import fetch as fetching
 from monkey_model import images
 from monkey_model.images import load_image
 
@@ -718,12 +719,12 @@ def server(running_server: Server) -> Server:
 @pytest.fixture
 def web(server: Server, monkeypatch: pytest.MonkeyPatch) -> str:
     """The address of the server under a name that passes as public; others are really checked."""
-    real = images._public_addresses
+    real = fetching._public_addresses
 
     def addresses(host: str, port: int) -> list[str]:
         return ["127.0.0.1"] if host == "images.test" else real(host, port)
 
-    monkeypatch.setattr(images, "_public_addresses", addresses)
+    monkeypatch.setattr(fetching, "_public_addresses", addresses)
     return f"http://images.test:{server.server_port}"
 
 
@@ -782,22 +783,22 @@ PUBLIC = "8.8.8.8 172.32.0.1 100.128.0.1 2606:4700::1111 ::ffff:8.8.8.8 64:ff9b:
 
 
 def test_which_addresses_are_public() -> None:
-    assert [address for address in PRIVATE.split() if images._is_public(address)] == []
-    assert [address for address in PUBLIC.split() if not images._is_public(address)] == []
+    assert [address for address in PRIVATE.split() if fetching._is_public(address)] == []
+    assert [address for address in PUBLIC.split() if not fetching._is_public(address)] == []
 
 
 def fake_dns(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> list[object]:
     """Makes every name resolve to ``addresses``; returns the list of what is dialled."""
     kind = socket.SOCK_STREAM
     answers = [(socket.AF_INET, kind, 6, "", (address, 80)) for address in addresses]
-    monkeypatch.setattr(images, "getaddrinfo", lambda *_, **__: answers)
+    monkeypatch.setattr(fetching, "getaddrinfo", lambda *_, **__: answers)
     dialled: list[object] = []
 
     def dial(address: object, timeout: float) -> socket.socket:
         dialled.append(address)
         raise ConnectionRefusedError("nobody there")
 
-    monkeypatch.setattr(images, "create_connection", dial)
+    monkeypatch.setattr(fetching, "create_connection", dial)
     return dialled
 
 
@@ -823,7 +824,7 @@ def test_a_name_without_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_slow_name_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "getaddrinfo", lambda *_, **__: time.sleep(0.6) or [])
+    monkeypatch.setattr(fetching, "getaddrinfo", lambda *_, **__: time.sleep(0.6) or [])
     started = time.monotonic()
     with pytest.raises(TimeoutError, match=r"took more than timeout = 0\.1 s"):
         fetch("http://images.test/a.png", timeout=0.1)
@@ -832,7 +833,7 @@ def test_slow_name_server(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_tls_verifies_the_host_by_name(web: str, monkeypatch: pytest.MonkeyPatch) -> None:
     names = []
-    create = images.create_default_context
+    create = fetching.create_default_context
 
     def context() -> object:
         result = create()
@@ -848,7 +849,7 @@ def test_tls_verifies_the_host_by_name(web: str, monkeypatch: pytest.MonkeyPatch
         result.__class__ = Context
         return result
 
-    monkeypatch.setattr(images, "create_default_context", context)
+    monkeypatch.setattr(fetching, "create_default_context", context)
     with pytest.raises(OSError, match=r"could not be fetched: .*SSL"):  # the server speaks no TLS
         fetch(web.replace("http:", "https:") + "/image")
     assert names == ["images.test"]
