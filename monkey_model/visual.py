@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from monkey_kernels import extract_crops
 from monkey_kernels.checks import check_choice, check_grid, check_positive_int, check_tensor
@@ -219,6 +220,11 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.width = width
         self.layers = layers
+        # The two names that transformers' gradient_checkpointing_enable looks for and sets.
+        self.gradient_checkpointing = False
+        self._gradient_checkpointing_func: Callable[..., Tensor] = partial(
+            checkpoint, use_reentrant=False
+        )
         self.resblocks = nn.ModuleList(
             VisualAttentionBlock(
                 width,
@@ -247,8 +253,12 @@ class TransformerBlock(nn.Module):
         self, x: Tensor, attn_mask: Tensor | None = None, idx: AdapterSelection = None
     ) -> Tensor:
         """[N, crops, width] -> [N, crops, width]."""
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for block in self.resblocks:
-            x = block(x, attn_mask=attn_mask, idx=idx)
+            if recompute:
+                x = self._gradient_checkpointing_func(block, x, None, None, attn_mask, idx)
+            else:
+                x = block(x, attn_mask=attn_mask, idx=idx)
         return x
 
 
@@ -362,6 +372,32 @@ class VisionTransformer(nn.Module):
     def canvas_size(self) -> tuple[int, int]:
         """(height, width) in pixels of the resized image that the local crops tile."""
         return self.grid[0] * self.crop_size, self.grid[1] * self.crop_size
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """In training, keep only each block's input and compute the rest again in backward.
+
+        Args:
+            gradient_checkpointing_kwargs: for ``torch.utils.checkpoint.checkpoint``, as in
+                transformers.
+
+        Raises:
+            ValueError: ``use_reentrant=True``, with which frozen inputs leave the adapters without
+                a gradient.
+        """
+        settings = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        if settings["use_reentrant"]:
+            raise ValueError(
+                "gradient_checkpointing_kwargs must not set use_reentrant=True: adapters behind a "
+                "frozen input would get no gradient"
+            )
+        self.transformer._gradient_checkpointing_func = partial(checkpoint, **settings)
+        self.transformer.gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep what backward needs, as without :meth:`gradient_checkpointing_enable`."""
+        self.transformer.gradient_checkpointing = False
 
     def forward(self, x: Tensor, idx: int | Sequence[int | None] | None = None) -> Tensor:
         """Visual tokens of a batch of crops.

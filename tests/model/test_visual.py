@@ -170,6 +170,62 @@ def test_adapter_gradients_of_a_mixed_batch():
         torch.testing.assert_close(g, e, rtol=1e-9, atol=1e-12)
 
 
+def bytes_saved_for_backward(encoder, crops, index):
+    """By the ViT's blocks and everything after, the parameters themselves apart."""
+    parameters = {p.untyped_storage().data_ptr() for p in encoder.parameters()}
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            saved[storage.data_ptr()] = tensor  # kept, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = encoder(crops, index)
+    del out
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+@pytest.mark.parametrize("index", [[0, 1, 2, 3, None], [2] * 5])
+def test_gradient_checkpointing(index):
+    """The same gradients, adapters included, with frozen weights and active dropout."""
+    encoder = small_encoder(layers=4).train()
+    for name, parameter in encoder.named_parameters():
+        parameter.requires_grad_("lora" in name or name.startswith("attn_pool.query"))
+    crops, out_grad = torch.randn(5, 3, 28, 28), torch.randn(5, 4, 128)
+    trained = [p for p in encoder.parameters() if p.requires_grad]
+
+    def gradients():
+        torch.manual_seed(7)
+        return torch.autograd.grad(encoder(crops, index), trained, out_grad, allow_unused=True)
+
+    expected = gradients()
+    whole = bytes_saved_for_backward(encoder, crops, index)
+    encoder.gradient_checkpointing_enable()
+    for got, want in zip(gradients(), expected, strict=True):
+        assert (got is None) == (want is None)
+        assert got is None or torch.equal(got, want)
+    assert sum(gradient is not None for gradient in expected) > len(trained) // 5
+    assert bytes_saved_for_backward(encoder, crops, index) < whole / 3
+    encoder.gradient_checkpointing_disable()
+    assert bytes_saved_for_backward(encoder, crops, index) == whole
+    with pytest.raises(ValueError, match="must not set use_reentrant=True"):
+        encoder.gradient_checkpointing_enable({"use_reentrant": True})
+
+
+def test_frozen_vit_keeps_nothing():
+    """With only the resampler training, the ViT saves nothing, however many blocks it has."""
+    saved = []
+    for layers in (1, 4):
+        encoder = small_encoder(layers=layers).train()
+        for name, parameter in encoder.named_parameters():
+            parameter.requires_grad_(name.startswith("attn_pool.") and "pos_embed" not in name)
+        crops = torch.randn(5, 3, 28, 28)
+        saved.append(bytes_saved_for_backward(encoder, crops, [0, 1, 2, 3, None]))
+    assert saved[0] == saved[1]
+
+
 def test_wrapped_adapters_run_as_modules():
     """An adapter whose layers are not plain nn.Linear (quantised, wrapped) gives the same."""
 
