@@ -26,13 +26,49 @@ Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (201
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from monkey_kernels.tuning import launch_parameters
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Launch parameters of one kernel."""
+
+    block_m: int  #: query rows of a tile
+    block_n: int  #: tokens of a tile
+    num_warps: int
+    num_stages: int  #: tiles of the inner loop in flight
+
+
+# Head dim 128 decides; smaller heads take less of everything. Each entry compiles without a spill
+# for sm_80, sm_90 and sm_100 (ROCm: gfx942). None has been timed: files in configs/ are for that.
+_CUDA = {
+    # 8 warps: at 4 the [128, 128] accumulator alone is 128 of a thread's 255 registers.
+    "forward": Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
+    # Scores and their gradient live beside the accumulator: at [128, 64] sm_80 and sm_100 spill.
+    "grad_query": Tile(block_m=64, block_n=64, num_warps=8, num_stages=2),
+    # Two accumulators beside both: at 128 tokens and 64 query rows sm_80 and sm_90 spill.
+    "grad_key_value": Tile(block_m=64, block_n=64, num_warps=8, num_stages=2),
+    # float32 tiles are split into a high and a low half in registers: these are what fits.
+    "forward_float32": Tile(block_m=32, block_n=32, num_warps=8, num_stages=1),
+    "grad_query_float32": Tile(block_m=16, block_n=32, num_warps=4, num_stages=1),
+    "grad_key_value_float32": Tile(block_m=16, block_n=16, num_warps=4, num_stages=1),
+}
+# A warp is 64 lanes here, so 4 of them are as many threads as 8 elsewhere.
+_ROCM = {name: dataclasses.replace(tile, num_warps=4) for name, tile in _CUDA.items()}
+
+# A dQ program visits every n-th crop, n being this or the number of crops. More programs fill the
+# machine (at the real shape 4 * 32 of them per group), but each group costs an [Nq, E] partial sum.
+_CROP_GROUPS = 8
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -116,12 +152,10 @@ def _forward_kernel(
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start_n in range(0, num_tokens, BLOCK_N):
-        n = start_n.to(tl.int64)
+        n = tl.cast(start_n, tl.int64)
         rows_n = num_tokens - start_n
         mask_n = offs_n < rows_n
-        k = _load_rows(
-            k_ptr + n * stride_kn, stride_kn, rows_n, BLOCK_N, HEAD_DIM, BLOCK_D, MASK_N
-        )
+        k = _load_rows(k_ptr + n * stride_kn, stride_kn, rows_n, BLOCK_N, HEAD_DIM, BLOCK_D, MASK_N)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if key_scale_ptr is not None:
             key_scale = tl.load(key_scale_ptr + crop * num_tokens + n + offs_n, mask_n, other=0.0)
@@ -146,9 +180,7 @@ def _forward_kernel(
             p = tl.exp2(s - shift[:, None])
             alpha = tl.exp2(m_i - shift)
         l_i = l_i * alpha + tl.sum(p, 1)
-        v = _load_rows(
-            v_ptr + n * stride_vn, stride_vn, rows_n, BLOCK_N, HEAD_DIM, BLOCK_D, MASK_N
-        )
+        v = _load_rows(v_ptr + n * stride_vn, stride_vn, rows_n, BLOCK_N, HEAD_DIM, BLOCK_D, MASK_N)
         if key_scale_ptr is not None:
             if v.dtype == tl.float16:
                 # p * key_scale can leave float16's range where value * key_scale does not.
@@ -213,11 +245,9 @@ def _grad_query_kernel(
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     # Crops group, group + num_groups, ...: a fixed order, and groups within one crop of equal.
     for crop_index in range(group, num_crops, num_groups):
-        crop = crop_index.to(tl.int64)
+        crop = tl.cast(crop_index, tl.int64)
         row_offset = (crop * num_queries + start_m) * width + head * HEAD_DIM
-        grad = _load_rows(
-            grad_ptr + row_offset, width, rows_m, BLOCK_M, HEAD_DIM, BLOCK_D, True
-        )
+        grad = _load_rows(grad_ptr + row_offset, width, rows_m, BLOCK_M, HEAD_DIM, BLOCK_D, True)
         out = _load_rows(out_ptr + row_offset, width, rows_m, BLOCK_M, HEAD_DIM, BLOCK_D, True)
         delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
         stat_offset = (crop * num_heads + head) * num_queries + start_m
@@ -227,7 +257,7 @@ def _grad_query_kernel(
         k_base = k_ptr + crop * stride_kc + head * HEAD_DIM
         v_base = v_ptr + crop * stride_vc + head * HEAD_DIM
         for start_n in range(0, num_tokens, BLOCK_N):
-            n = start_n.to(tl.int64)
+            n = tl.cast(start_n, tl.int64)
             rows_n = num_tokens - start_n
             k = _load_rows(
                 k_base + n * stride_kn, stride_kn, rows_n, BLOCK_N, HEAD_DIM, BLOCK_D, MASK_N
@@ -296,14 +326,10 @@ def _grad_key_value_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for start_m in range(0, num_queries, BLOCK_M):
-        m = start_m.to(tl.int64)
+        m = tl.cast(start_m, tl.int64)
         rows_m = num_queries - start_m
-        q = _load_rows(
-            q_ptr + m * stride_qm, stride_qm, rows_m, BLOCK_M, HEAD_DIM, BLOCK_D, MASK_M
-        )
-        grad = _load_rows(
-            grad_ptr + m * width, width, rows_m, BLOCK_M, HEAD_DIM, BLOCK_D, MASK_M
-        )
+        q = _load_rows(q_ptr + m * stride_qm, stride_qm, rows_m, BLOCK_M, HEAD_DIM, BLOCK_D, MASK_M)
+        grad = _load_rows(grad_ptr + m * width, width, rows_m, BLOCK_M, HEAD_DIM, BLOCK_D, MASK_M)
         # A query row beyond the last has q = grad = lse = delta = 0, so P = 1 and dS = 0: it adds
         # nothing to dK and dV.
         mask_m = offs_m < rows_m
@@ -320,3 +346,128 @@ def _grad_key_value_kernel(
     offset = (crop * num_tokens + start_n) * width + head * HEAD_DIM
     _store_rows(dk_ptr + offset, width, rows_n, dk * scale, HEAD_DIM)
     _store_rows(dv_ptr + offset, width, rows_n, dv, HEAD_DIM)
+
+
+def _tile(kernel: str, query: Tensor) -> Tile:
+    name = kernel + ("_float32" if query.dtype == torch.float32 else "")
+    default = (_CUDA if torch.version.hip is None else _ROCM)[name]
+    return launch_parameters(f"resampler_attention_{name}", default, query.device)
+
+
+def _shared_arguments(query: Tensor, num_heads: int, tile: Tile) -> dict[str, Any]:
+    """What all three launches take alike, by keyword."""
+    head_dim = query.shape[1] // num_heads
+    nvidia = query.device.type == "cuda" and torch.version.hip is None
+    return {
+        "num_queries": query.shape[0],
+        "num_heads": num_heads,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": _block_d(head_dim),
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        # For float32 tiles alone. Three TF32 products have float32's error and use NVIDIA's
+        # tensor cores, where "ieee" would not; AMD's matrix cores take float32 as it is.
+        "PRECISION": "tf32x3" if nvidia else "ieee",
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+
+
+def _block_d(head_dim: int) -> int:
+    return max(16, triton.next_power_of_2(head_dim))  # 16 is the least that tl.dot takes
+
+
+def _strides(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
+    return (query.stride(0), *key.stride()[:2], *value.stride()[:2])
+
+
+def _row_strided(x: Tensor) -> Tensor:
+    """``x``, copied if its last dimension is not contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _extra(x: Tensor | None) -> Tensor | None:
+    """key_scale or score_bias as the kernel reads it: contiguous, and float32 at most."""
+    if x is None:
+        return None
+    return (x.float() if x.dtype == torch.float64 else x).contiguous()
+
+
+def attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    num_heads: int,
+    key_scale: Tensor | None,
+    score_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The output [crops, Nq, E] and lse [crops, heads, Nq]. The arguments have been checked."""
+    query, key, value = _row_strided(query), _row_strided(key), _row_strided(value)
+    num_crops, num_tokens, width = key.shape
+    num_queries = query.shape[0]
+    out = query.new_empty((num_crops, num_queries, width))
+    lse = query.new_empty((num_crops, num_heads, num_queries), dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
+    tile = _tile("forward", query)
+    grid = (triton.cdiv(num_queries, tile.block_m) * num_heads * num_crops,)
+    with torch.cuda.device_of(query):
+        _forward_kernel[grid](
+            *(query, key, value, _extra(key_scale), _extra(score_bias), out, lse),
+            *_strides(query, key, value),
+            num_tokens=num_tokens,
+            qk_scale=math.log2(math.e) / math.sqrt(width // num_heads),
+            MASK_N=num_tokens % tile.block_n != 0,
+            **_shared_arguments(query, num_heads, tile),
+        )
+    return out, lse
+
+
+def attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    num_heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query [Nq, E], and of key and value [crops, N, E], contiguous."""
+    grad, out = grad.contiguous(), out.contiguous()
+    query, key, value = _row_strided(query), _row_strided(key), _row_strided(value)
+    num_crops, num_tokens, width = key.shape
+    num_queries = query.shape[0]
+    if out.numel() == 0:
+        return tuple(
+            torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)
+        )
+    num_groups = min(num_crops, _CROP_GROUPS)
+    partial_grad_query = query.new_empty((num_groups, num_queries, width), dtype=torch.float32)
+    grad_key, grad_value = key.new_empty(key.shape), value.new_empty(value.shape)
+    delta = torch.empty_like(lse)
+    strides, scale = _strides(query, key, value), 1 / math.sqrt(width // num_heads)
+    with torch.cuda.device_of(query):
+        tile = _tile("grad_query", query)
+        grid = (triton.cdiv(num_queries, tile.block_m) * num_heads * num_groups,)
+        _grad_query_kernel[grid](
+            *(grad, query, key, value, out, lse, delta, partial_grad_query),
+            *strides,
+            num_crops=num_crops,
+            num_groups=num_groups,
+            num_tokens=num_tokens,
+            scale=scale,
+            MASK_N=num_tokens % tile.block_n != 0,
+            **_shared_arguments(query, num_heads, tile),
+        )
+        # Second, since it reads the delta that the first kernel wrote.
+        tile = _tile("grad_key_value", query)
+        grid = (triton.cdiv(num_tokens, tile.block_n) * num_heads * num_crops,)
+        _grad_key_value_kernel[grid](
+            *(grad, query, key, value, lse, delta, grad_key, grad_value),
+            *strides,
+            num_tokens=num_tokens,
+            scale=scale,
+            MASK_M=num_queries % tile.block_m != 0,
+            **_shared_arguments(query, num_heads, tile),
+        )
+    return partial_grad_query.sum(0).to(query.dtype), grad_key, grad_value
