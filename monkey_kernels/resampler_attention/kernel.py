@@ -29,14 +29,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from monkey_kernels.tuning import launch_parameters
+from monkey_kernels.tuning import launch_parameters, shipped
+
+if TYPE_CHECKING:
+    from monkey_kernels.aot import AotCase
 
 
 @dataclass(frozen=True)
@@ -50,21 +53,23 @@ class Tile:
 
 
 # Head dim 128 decides; smaller heads take less of everything. Each entry compiles without a spill
-# for sm_80, sm_90 and sm_100 (ROCm: gfx942). None has been timed: files in configs/ are for that.
-_CUDA = {
-    # 8 warps: at 4 the [128, 128] accumulator alone is 128 of a thread's 255 registers.
-    "forward": Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
-    # Scores and their gradient live beside the accumulator: at [128, 64] sm_80 and sm_100 spill.
-    "grad_query": Tile(block_m=64, block_n=64, num_warps=8, num_stages=2),
-    # Two accumulators beside both: at 128 tokens and 64 query rows sm_80 and sm_90 spill.
-    "grad_key_value": Tile(block_m=64, block_n=64, num_warps=8, num_stages=2),
+# for sm_80, sm_90, sm_100 and gfx942. None has been timed: files in configs/ are for what has been.
+DEFAULT_TILES = {
+    # Two programs fit on an SM, so that the softmax of one overlaps the products of the other.
+    "forward": Tile(block_m=64, block_n=64, num_warps=4, num_stages=2),
+    # The bias tile is as large as the scores, and its next one is in flight.
+    "forward_extras": Tile(block_m=128, block_n=32, num_warps=8, num_stages=2),
+    # Scores and their gradient live beside the accumulator. sm_90 would take [128, 64], sm_80 and
+    # sm_100 [64, 64]; gfx942, where 8 warps are 512 threads, takes no more than this.
+    "grad_query": Tile(block_m=64, block_n=32, num_warps=8, num_stages=2),
+    # Two accumulators beside both. sm_80, sm_90 and sm_100 would take [64, 64].
+    "grad_key_value": Tile(block_m=32, block_n=64, num_warps=8, num_stages=2),
     # float32 tiles are split into a high and a low half in registers: these are what fits.
     "forward_float32": Tile(block_m=32, block_n=32, num_warps=8, num_stages=1),
+    "forward_extras_float32": Tile(block_m=32, block_n=32, num_warps=8, num_stages=1),
     "grad_query_float32": Tile(block_m=16, block_n=32, num_warps=4, num_stages=1),
     "grad_key_value_float32": Tile(block_m=16, block_n=16, num_warps=4, num_stages=1),
 }
-# A warp is 64 lanes here, so 4 of them are as many threads as 8 elsewhere.
-_ROCM = {name: dataclasses.replace(tile, num_warps=4) for name, tile in _CUDA.items()}
 
 # A dQ program visits every n-th crop, n being this or the number of crops. More programs fill the
 # machine (at the real shape 4 * 32 of them per group), but each group costs an [Nq, E] partial sum.
@@ -129,7 +134,7 @@ def _forward_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    MASK_N: tl.constexpr,
+    MASK_N: tl.constexpr,  # False promises that BLOCK_N divides N
     PRECISION: tl.constexpr,
 ):
     # Query blocks vary fastest: those of one head and crop share its keys and values in L2.
@@ -349,32 +354,33 @@ def _grad_key_value_kernel(
 
 
 def _tile(kernel: str, query: Tensor) -> Tile:
-    name = kernel + ("_float32" if query.dtype == torch.float32 else "")
-    default = (_CUDA if torch.version.hip is None else _ROCM)[name]
-    return launch_parameters(f"resampler_attention_{name}", default, query.device)
+    name = f"{kernel}_float32" if query.dtype == torch.float32 else kernel
+    return launch_parameters(f"resampler_attention_{name}", DEFAULT_TILES[name], query.device)
 
 
-def _shared_arguments(query: Tensor, num_heads: int, tile: Tile) -> dict[str, Any]:
-    """What all three launches take alike, by keyword."""
-    head_dim = query.shape[1] // num_heads
-    nvidia = query.device.type == "cuda" and torch.version.hip is None
+def _constants(head_dim: int, tile: Tile, nvidia: bool) -> dict[str, Any]:
+    """The constexprs that all three kernels take."""
     return {
-        "num_queries": query.shape[0],
-        "num_heads": num_heads,
         "HEAD_DIM": head_dim,
-        "BLOCK_D": _block_d(head_dim),
+        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),  # 16 is the least tl.dot takes
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         # For float32 tiles alone. Three TF32 products have float32's error and use NVIDIA's
         # tensor cores, where "ieee" would not; AMD's matrix cores take float32 as it is.
         "PRECISION": "tf32x3" if nvidia else "ieee",
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
     }
 
 
-def _block_d(head_dim: int) -> int:
-    return max(16, triton.next_power_of_2(head_dim))  # 16 is the least that tl.dot takes
+def _launch_arguments(query: Tensor, num_heads: int, tile: Tile) -> dict[str, Any]:
+    """What all three launches take alike, by keyword."""
+    nvidia = query.device.type == "cuda" and torch.version.hip is None
+    return {
+        "num_queries": query.shape[0],
+        "num_heads": num_heads,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+        **_constants(query.shape[1] // num_heads, tile, nvidia),
+    }
 
 
 def _strides(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
@@ -409,7 +415,8 @@ def attention_forward(
     lse = query.new_empty((num_crops, num_heads, num_queries), dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    tile = _tile("forward", query)
+    extras = key_scale is not None or score_bias is not None
+    tile = _tile("forward_extras" if extras else "forward", query)
     grid = (triton.cdiv(num_queries, tile.block_m) * num_heads * num_crops,)
     with torch.cuda.device_of(query):
         _forward_kernel[grid](
@@ -418,7 +425,7 @@ def attention_forward(
             num_tokens=num_tokens,
             qk_scale=math.log2(math.e) / math.sqrt(width // num_heads),
             MASK_N=num_tokens % tile.block_n != 0,
-            **_shared_arguments(query, num_heads, tile),
+            **_launch_arguments(query, num_heads, tile),
         )
     return out, lse
 
@@ -457,7 +464,7 @@ def attention_backward(
             num_tokens=num_tokens,
             scale=scale,
             MASK_N=num_tokens % tile.block_n != 0,
-            **_shared_arguments(query, num_heads, tile),
+            **_launch_arguments(query, num_heads, tile),
         )
         # Second, since it reads the delta that the first kernel wrote.
         tile = _tile("grad_key_value", query)
@@ -468,6 +475,62 @@ def attention_backward(
             num_tokens=num_tokens,
             scale=scale,
             MASK_M=num_queries % tile.block_m != 0,
-            **_shared_arguments(query, num_heads, tile),
+            **_launch_arguments(query, num_heads, tile),
         )
     return partial_grad_query.sum(0).to(query.dtype), grad_key, grad_value
+
+
+def aot_cases() -> list[AotCase]:
+    """What ``python -m monkey_kernels.aot`` compiles: each tile that can be picked, at the head
+    dims of the model family, with and without the inference extras and masked tails."""
+    from monkey_kernels.aot import AotCase
+
+    kernels = {
+        "forward": _forward_kernel,
+        "forward_extras": _forward_kernel,
+        "grad_query": _grad_query_kernel,
+        "grad_key_value": _grad_key_value_kernel,
+    }
+    variants = [("bf16", 128, False), ("bf16", 128, True), ("fp16", 128, True)]
+    variants += [("bf16", 64, False), ("bf16", 80, True), ("bf16", 104, False)]
+    variants += [("fp32", 128, False), ("fp32", 128, True)]
+    cases = []
+    for name, kernel in kernels.items():
+        for dtype, head_dim, masked in variants:
+            tile_name = f"{name}_float32" if dtype == "fp32" else name
+            tiles = shipped(f"resampler_attention_{tile_name}", DEFAULT_TILES[tile_name])
+            for source, tile in tiles.items():
+                # As at a launch: strides and sizes that are multiples of 16 are known to be.
+                constants = {"stride_qm": 4096, "stride_kc": 8192 * 1024, "stride_kn": 8192}
+                constants |= {"stride_vc": 8192 * 1024, "stride_vn": 8192}
+                constants |= _constants(head_dim, tile, nvidia=True)
+                constants["MASK_M" if name == "grad_key_value" else "MASK_N"] = masked
+                if name == "forward":
+                    constants |= {"key_scale_ptr": None, "score_bias_ptr": None}
+                signature = {
+                    argument: _aot_type(argument, dtype)
+                    for argument in kernel.arg_names
+                    if argument not in constants
+                }
+                case_name = f"{name} {dtype} {head_dim} {'masked' if masked else 'whole'} {source}"
+                cases.append(
+                    AotCase(
+                        f"resampler_attention {case_name}",
+                        kernel,
+                        signature,
+                        constants,
+                        tile.num_warps,
+                        tile.num_stages,
+                        expects_dot=True,
+                        chosen=True,
+                    )
+                )
+    return cases
+
+
+def _aot_type(argument: str, dtype: str) -> str:
+    if argument in ("key_scale_ptr", "lse_ptr", "delta_ptr", "dq_ptr"):
+        return "*fp32"
+    if argument.endswith("_ptr"):
+        return f"*{dtype}"
+    return "fp32" if argument.endswith("scale") else "i32"
