@@ -3,7 +3,7 @@
 For every crop, head and query row, with d = E / heads:
 
     s_n = q . k_n * key_scale_n / sqrt(d) + score_bias_n
-    out = sum_n softmax(s)_n * key_scale_n * v_n            lse = log(sum_n exp(s_n))
+    out = sum_n softmax(s)_n * key_scale_n * v_n            lse = log2(sum_n exp(s_n))
 
 The forward keeps a running maximum and sum per query row (online softmax), so that the scores
 never leave the chip: for 5 crops, 32 heads, 256 queries and 1024 tokens, plain attention writes
@@ -13,7 +13,7 @@ extras are applied to the scores in registers, which saves a scaled copy of key 
 The backward recomputes the probabilities from ``lse``; nothing of size [heads, Nq, N] is stored.
 With D_q = out_q . grad_q (one number per query row):
 
-    P = exp(s - lse)        dV = P^T grad        dS = P * (grad V^T - D)
+    P = exp(s) / 2^lse      dV = P^T grad        dS = P * (grad V^T - D)
     dQ = dS K / sqrt(d)     dK = dS^T Q / sqrt(d)
 
 The query has no crop dimension: every program reads the one [Nq, E] tensor, and its gradient is
@@ -26,9 +26,8 @@ Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (201
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,47 +35,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from monkey_kernels.tuning import launch_parameters, shipped
+from monkey_kernels.resampler_attention.tiles import (
+    CROP_GROUPS,
+    TARGETS,
+    Tile,
+    family,
+    shipped_tiles,
+    tile_for,
+)
 
 if TYPE_CHECKING:
     from monkey_kernels.aot import AotCase
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Launch parameters of one kernel."""
-
-    block_m: int  #: query rows of a tile
-    block_n: int  #: tokens of a tile
-    num_warps: int
-    num_stages: int  #: tiles of the inner loop in flight
-
-
-# Head dim 128 decides; smaller heads take less of everything. Each entry compiles without a spill
-# for sm_80, sm_90, sm_100 and gfx942. None has been timed: files in configs/ are for what has been.
-DEFAULT_TILES = {
-    # Two programs fit on an SM, so that the softmax of one overlaps the products of the other.
-    "forward": Tile(block_m=64, block_n=64, num_warps=4, num_stages=2),
-    # The bias tile is as large as the scores, and its next one is in flight.
-    "forward_extras": Tile(block_m=128, block_n=32, num_warps=8, num_stages=2),
-    # Scores and their gradient live beside the accumulator. sm_90 would take [128, 64], sm_80 and
-    # sm_100 [64, 64]; gfx942, where 8 warps are 512 threads, takes no more than this.
-    "grad_query": Tile(block_m=64, block_n=32, num_warps=8, num_stages=2),
-    # Two accumulators beside both. sm_80, sm_90 and sm_100 would take [64, 64].
-    "grad_key_value": Tile(block_m=32, block_n=64, num_warps=8, num_stages=2),
-    # float32 tiles are split into a high and a low half in registers: these are what fits.
-    "forward_float32": Tile(block_m=32, block_n=32, num_warps=8, num_stages=1),
-    "forward_extras_float32": Tile(block_m=32, block_n=32, num_warps=8, num_stages=1),
-    "grad_query_float32": Tile(block_m=16, block_n=32, num_warps=4, num_stages=1),
-    "grad_key_value_float32": Tile(block_m=16, block_n=16, num_warps=4, num_stages=1),
-}
-
-# A dQ program visits every n-th crop, n being this or the number of crops. More programs fill the
-# machine (at the real shape 4 * 32 of them per group), but each group costs an [Nq, E] partial sum.
-_CROP_GROUPS = 8
-
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -199,7 +171,7 @@ def _forward_kernel(
     # A row whose every token is hidden by a bias of -inf gives zero, as torch's SDPA does.
     empty = l_i == 0.0
     acc = acc / tl.where(empty, 1.0, l_i)[:, None]
-    lse = (m_i + tl.log2(l_i)) * LN2
+    lse = m_i + tl.log2(l_i)
     out_ptr += (crop * num_queries + start_m) * width + head * HEAD_DIM
     _store_rows(out_ptr, width, rows_m, acc, HEAD_DIM)
     lse_ptr += (crop * num_heads + head) * num_queries + start_m
@@ -227,6 +199,7 @@ def _grad_query_kernel(
     num_tokens,
     num_heads,
     scale,  # 1 / sqrt(d)
+    qk_scale,  # as in the forward, to the bit: lse was made with it
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -257,7 +230,7 @@ def _grad_query_kernel(
         delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
         stat_offset = (crop * num_heads + head) * num_queries + start_m
         tl.store(delta_ptr + stat_offset + offs_m, delta, mask=mask_m)
-        lse = tl.load(lse_ptr + stat_offset + offs_m, mask=mask_m, other=0.0) * LOG2E
+        lse = tl.load(lse_ptr + stat_offset + offs_m, mask=mask_m, other=0.0)
 
         k_base = k_ptr + crop * stride_kc + head * HEAD_DIM
         v_base = v_ptr + crop * stride_vc + head * HEAD_DIM
@@ -271,7 +244,7 @@ def _grad_query_kernel(
                 v_base + n * stride_vn, stride_vn, rows_n, BLOCK_N, HEAD_DIM, BLOCK_D, MASK_N
             )
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            p = tl.exp2(s * (scale * LOG2E) - lse[:, None])
+            p = tl.exp2(s * qk_scale - lse[:, None])
             if MASK_N:
                 # Zero keys do not hide a token: exp2(-lse) may be infinite, and inf * 0 is NaN.
                 p = tl.where((offs_n < rows_n)[None, :], p, 0.0)
@@ -302,6 +275,7 @@ def _grad_key_value_kernel(
     num_tokens,
     num_heads,
     scale,  # 1 / sqrt(d)
+    qk_scale,  # as in the forward, to the bit: lse was made with it
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -338,11 +312,11 @@ def _grad_key_value_kernel(
         # A query row beyond the last has q = grad = lse = delta = 0, so P = 1 and dS = 0: it adds
         # nothing to dK and dV.
         mask_m = offs_m < rows_m
-        lse = tl.load(lse_ptr + m + offs_m, mask=mask_m, other=0.0) * LOG2E
+        lse = tl.load(lse_ptr + m + offs_m, mask=mask_m, other=0.0)
         delta = tl.load(delta_ptr + m + offs_m, mask=mask_m, other=0.0)
         # Transposed scores [BLOCK_N, BLOCK_M], so that neither product below has to transpose P.
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        p = tl.exp2(s * (scale * LOG2E) - lse[None, :])
+        p = tl.exp2(s * qk_scale - lse[None, :])
         dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
         ds = p * (dp - delta[None, :])
@@ -353,34 +327,19 @@ def _grad_key_value_kernel(
     _store_rows(dv_ptr + offset, width, rows_n, dv, HEAD_DIM)
 
 
-def _tile(kernel: str, query: Tensor) -> Tile:
-    name = f"{kernel}_float32" if query.dtype == torch.float32 else kernel
-    return launch_parameters(f"resampler_attention_{name}", DEFAULT_TILES[name], query.device)
-
-
-def _constants(head_dim: int, tile: Tile, nvidia: bool) -> dict[str, Any]:
-    """The constexprs that all three kernels take."""
-    return {
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),  # 16 is the least tl.dot takes
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        # For float32 tiles alone. Three TF32 products have float32's error and use NVIDIA's
-        # tensor cores, where "ieee" would not; AMD's matrix cores take float32 as it is.
-        "PRECISION": "tf32x3" if nvidia else "ieee",
-    }
-
-
 def _launch_arguments(query: Tensor, num_heads: int, tile: Tile) -> dict[str, Any]:
     """What all three launches take alike, by keyword."""
-    nvidia = query.device.type == "cuda" and torch.version.hip is None
     return {
         "num_queries": query.shape[0],
         "num_heads": num_heads,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
-        **_constants(query.shape[1] // num_heads, tile, nvidia),
+        **tile.constants(query.shape[1] // num_heads, family(query.device)),
     }
+
+
+def _qk_scale(head_dim: int) -> float:
+    return math.log2(math.e) / math.sqrt(head_dim)
 
 
 def _strides(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
@@ -416,14 +375,14 @@ def attention_forward(
     if out.numel() == 0:
         return out, lse
     extras = key_scale is not None or score_bias is not None
-    tile = _tile("forward_extras" if extras else "forward", query)
+    tile = tile_for("forward_extras" if extras else "forward", query)
     grid = (triton.cdiv(num_queries, tile.block_m) * num_heads * num_crops,)
     with torch.cuda.device_of(query):
         _forward_kernel[grid](
             *(query, key, value, _extra(key_scale), _extra(score_bias), out, lse),
             *_strides(query, key, value),
             num_tokens=num_tokens,
-            qk_scale=math.log2(math.e) / math.sqrt(width // num_heads),
+            qk_scale=_qk_scale(width // num_heads),
             MASK_N=num_tokens % tile.block_n != 0,
             **_launch_arguments(query, num_heads, tile),
         )
@@ -448,13 +407,13 @@ def attention_backward(
         return tuple(
             torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)
         )
-    num_groups = min(num_crops, _CROP_GROUPS)
+    num_groups = min(num_crops, CROP_GROUPS)
     partial_grad_query = query.new_empty((num_groups, num_queries, width), dtype=torch.float32)
     grad_key, grad_value = key.new_empty(key.shape), value.new_empty(value.shape)
     delta = torch.empty_like(lse)
     strides, scale = _strides(query, key, value), 1 / math.sqrt(width // num_heads)
     with torch.cuda.device_of(query):
-        tile = _tile("grad_query", query)
+        tile = tile_for("grad_query", query)
         grid = (triton.cdiv(num_queries, tile.block_m) * num_heads * num_groups,)
         _grad_query_kernel[grid](
             *(grad, query, key, value, out, lse, delta, partial_grad_query),
@@ -463,17 +422,19 @@ def attention_backward(
             num_groups=num_groups,
             num_tokens=num_tokens,
             scale=scale,
+            qk_scale=_qk_scale(width // num_heads),
             MASK_N=num_tokens % tile.block_n != 0,
             **_launch_arguments(query, num_heads, tile),
         )
         # Second, since it reads the delta that the first kernel wrote.
-        tile = _tile("grad_key_value", query)
+        tile = tile_for("grad_key_value", query)
         grid = (triton.cdiv(num_tokens, tile.block_n) * num_heads * num_crops,)
         _grad_key_value_kernel[grid](
             *(grad, query, key, value, lse, delta, grad_key, grad_value),
             *strides,
             num_tokens=num_tokens,
             scale=scale,
+            qk_scale=_qk_scale(width // num_heads),
             MASK_M=num_queries % tile.block_m != 0,
             **_launch_arguments(query, num_heads, tile),
         )
@@ -492,39 +453,33 @@ def aot_cases() -> list[AotCase]:
         "grad_key_value": _grad_key_value_kernel,
     }
     variants = [("bf16", 128, False), ("bf16", 128, True), ("fp16", 128, True)]
-    variants += [("bf16", 64, False), ("bf16", 80, True), ("bf16", 104, False)]
+    variants += [("bf16", 64, False), ("fp16", 80, True), ("bf16", 104, False)]
     variants += [("fp32", 128, False), ("fp32", 128, True)]
+    # Strides are constants, so that the compiler knows as at a launch what divides them.
+    halves = {"kc": 8192 * 1024, "kn": 8192, "vc": 8192 * 1024, "vn": 8192, "qm": 4096}
+    strides = {f"stride_{name}": value for name, value in halves.items()}
     cases = []
-    for name, kernel in kernels.items():
-        for dtype, head_dim, masked in variants:
-            tile_name = f"{name}_float32" if dtype == "fp32" else name
-            tiles = shipped(f"resampler_attention_{tile_name}", DEFAULT_TILES[tile_name])
-            for source, tile in tiles.items():
-                # As at a launch: strides and sizes that are multiples of 16 are known to be.
-                constants = {"stride_qm": 4096, "stride_kc": 8192 * 1024, "stride_kn": 8192}
-                constants |= {"stride_vc": 8192 * 1024, "stride_vn": 8192}
-                constants |= _constants(head_dim, tile, nvidia=True)
-                constants["MASK_M" if name == "grad_key_value" else "MASK_N"] = masked
-                if name == "forward":
-                    constants |= {"key_scale_ptr": None, "score_bias_ptr": None}
-                signature = {
-                    argument: _aot_type(argument, dtype)
-                    for argument in kernel.arg_names
-                    if argument not in constants
-                }
-                case_name = f"{name} {dtype} {head_dim} {'masked' if masked else 'whole'} {source}"
-                cases.append(
-                    AotCase(
-                        f"resampler_attention {case_name}",
-                        kernel,
-                        signature,
-                        constants,
-                        tile.num_warps,
-                        tile.num_stages,
-                        expects_dot=True,
-                        chosen=True,
-                    )
-                )
+    for name, (dtype, head_dim, masked) in itertools.product(kernels, variants):
+        kernel = kernels[name]
+        tile_name = f"{name}_float32" if dtype == "fp32" else name
+        for source, gpus, tile in shipped_tiles(tile_name):
+            constants = {**strides, **tile.constants(head_dim, gpus)}
+            constants["MASK_M" if name == "grad_key_value" else "MASK_N"] = masked
+            if name == "forward":
+                constants |= {"key_scale_ptr": None, "score_bias_ptr": None}
+            runtime = [argument for argument in kernel.arg_names if argument not in constants]
+            case = AotCase(
+                f"resampler_attention {name} {dtype} d{head_dim}{' masked' * masked} ({source})",
+                kernel,
+                {argument: _aot_type(argument, dtype) for argument in runtime},
+                constants,
+                tile.num_warps,
+                tile.num_stages,
+                expects_dot=True,
+                chosen=True,
+                targets=TARGETS[gpus],
+            )
+            cases.append(case)
     return cases
 
 

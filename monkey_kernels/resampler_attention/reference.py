@@ -60,14 +60,14 @@ def resampler_attention_reference(
 
 
 def log_sum_exp_reference(query: Tensor, key: Tensor, num_heads: int) -> Tensor:
-    """log(sum_n exp(q_h . k_h / sqrt(d))): [crops, heads, Nq], float32."""
+    """log2(sum_n exp(q_h . k_h / sqrt(d))): [crops, heads, Nq], float32."""
     wide = accumulation_dtype(query.dtype)
     q = split_heads(query, num_heads).to(wide)
     scale = 1 / math.sqrt(q.shape[-1])
     lse = q.new_empty((key.shape[0], *q.shape[:2]), dtype=torch.float32)
     for crop, row in zip(key, lse, strict=True):
         k = split_heads(crop, num_heads).to(wide)
-        row.copy_(torch.logsumexp(q @ k.mT * scale, dim=-1))
+        row.copy_(torch.logsumexp(q @ k.mT * scale, dim=-1) * math.log2(math.e))
     return lse
 
 
