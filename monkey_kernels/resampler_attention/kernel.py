@@ -120,6 +120,8 @@ def _forward_kernel(
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
 
+    if not MASK_N:
+        num_tokens = tl.multiple_of(num_tokens, BLOCK_N)  # rows of the bias start aligned
     q_ptr += start_m * stride_qm + head * HEAD_DIM
     k_ptr += crop * stride_kc + head * HEAD_DIM
     v_ptr += crop * stride_vc + head * HEAD_DIM
@@ -147,7 +149,7 @@ def _forward_kernel(
             alpha = tl.exp2(m_i - m_new)
         else:
             bias_ptrs = score_bias_ptr + (head * num_queries + start_m) * num_tokens + n
-            bias_ptrs += offs_m[:, None].to(tl.int64) * num_tokens + offs_n[None, :]
+            bias_ptrs += offs_m[:, None] * num_tokens + offs_n[None, :]
             mask = (offs_m[:, None] < rows_m) & mask_n[None, :]
             bias = tl.load(bias_ptrs, mask, other=0.0).to(tl.float32)
             s = s * qk_scale + bias * LOG2E

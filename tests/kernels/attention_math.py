@@ -1,4 +1,4 @@
-"""What the tests of resampler_attention share: its definition written out, inputs, planted faults."""
+"""What the tests of resampler_attention share: its definition, inputs, planted faults."""
 
 from __future__ import annotations
 
