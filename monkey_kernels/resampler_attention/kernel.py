@@ -65,13 +65,10 @@ def _load_rows(
     offs = tl.arange(0, ROWS)
     offs_d = tl.arange(0, BLOCK_D)
     ptrs = ptr + offs[:, None] * stride + offs_d[None, :]
+    mask = offs_d[None, :] < HEAD_DIM  # always true if HEAD_DIM is a power of two: it folds away
     if MASK_ROWS:
-        mask = (offs[:, None] < limit) & (offs_d[None, :] < HEAD_DIM)
-        return tl.load(ptrs, mask=mask, other=0.0)
-    elif HEAD_DIM < BLOCK_D:
-        return tl.load(ptrs, mask=offs_d[None, :] < HEAD_DIM, other=0.0)
-    else:
-        return tl.load(ptrs)
+        mask = mask & (offs[:, None] < limit)
+    return tl.load(ptrs, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -98,6 +95,9 @@ def _forward_kernel(
     stride_kn,
     stride_vc,
     stride_vn,
+    stride_sc,
+    stride_bh,
+    stride_bm,
     num_queries,
     num_tokens,
     num_heads,
@@ -113,15 +113,13 @@ def _forward_kernel(
     pid = tl.program_id(0)
     blocks_m = tl.cdiv(num_queries, BLOCK_M)
     start_m = (pid % blocks_m).to(tl.int64) * BLOCK_M
-    head = (pid // blocks_m) % num_heads
+    head = ((pid // blocks_m) % num_heads).to(tl.int64)
     crop = (pid // (blocks_m * num_heads)).to(tl.int64)
     width = num_heads * HEAD_DIM
     rows_m = num_queries - start_m
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
 
-    if not MASK_N:
-        num_tokens = tl.multiple_of(num_tokens, BLOCK_N)  # rows of the bias start aligned
     q_ptr += start_m * stride_qm + head * HEAD_DIM
     k_ptr += crop * stride_kc + head * HEAD_DIM
     v_ptr += crop * stride_vc + head * HEAD_DIM
@@ -137,7 +135,7 @@ def _forward_kernel(
         k = _load_rows(k_ptr + n * stride_kn, stride_kn, rows_n, BLOCK_N, HEAD_DIM, BLOCK_D, MASK_N)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if key_scale_ptr is not None:
-            key_scale = tl.load(key_scale_ptr + crop * num_tokens + n + offs_n, mask_n, other=0.0)
+            key_scale = tl.load(key_scale_ptr + crop * stride_sc + n + offs_n, mask_n, other=0.0)
             key_scale = key_scale.to(tl.float32)
             s *= key_scale[None, :]
         if MASK_N:
@@ -148,8 +146,8 @@ def _forward_kernel(
             p = tl.exp2(s * qk_scale - m_new[:, None])
             alpha = tl.exp2(m_i - m_new)
         else:
-            bias_ptrs = score_bias_ptr + (head * num_queries + start_m) * num_tokens + n
-            bias_ptrs += offs_m[:, None] * num_tokens + offs_n[None, :]
+            bias_ptrs = score_bias_ptr + head * stride_bh + start_m * stride_bm + n
+            bias_ptrs += offs_m[:, None] * stride_bm + offs_n[None, :]
             mask = (offs_m[:, None] < rows_m) & mask_n[None, :]
             bias = tl.load(bias_ptrs, mask, other=0.0).to(tl.float32)
             s = s * qk_scale + bias * LOG2E
@@ -354,10 +352,10 @@ def _row_strided(x: Tensor) -> Tensor:
 
 
 def _extra(x: Tensor | None) -> Tensor | None:
-    """key_scale or score_bias as the kernel reads it: contiguous, and float32 at most."""
+    """key_scale or score_bias as the kernel reads it: rows without gaps, and float32 at most."""
     if x is None:
         return None
-    return (x.float() if x.dtype == torch.float64 else x).contiguous()
+    return _row_strided(x.float() if x.dtype == torch.float64 else x)
 
 
 def attention_forward(
@@ -376,13 +374,21 @@ def attention_forward(
     lse = query.new_empty((num_crops, num_heads, num_queries), dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    extras = key_scale is not None or score_bias is not None
-    tile = tile_for("forward_extras" if extras else "forward", query)
+    key_scale, score_bias = _extra(key_scale), _extra(score_bias)
+    if key_scale is None and score_bias is None:
+        tile = tile_for("forward", query)
+    else:
+        tile = tile_for("forward_extras", query)
+        if num_tokens % tile.block_n != 0:
+            tile = tile_for("forward_extras_tail", query)
     grid = (triton.cdiv(num_queries, tile.block_m) * num_heads * num_crops,)
     with torch.cuda.device_of(query):
         _forward_kernel[grid](
-            *(query, key, value, _extra(key_scale), _extra(score_bias), out, lse),
+            *(query, key, value, key_scale, score_bias, out, lse),
             *_strides(query, key, value),
+            stride_sc=0 if key_scale is None else key_scale.stride(0),
+            stride_bh=0 if score_bias is None else score_bias.stride(0),
+            stride_bm=0 if score_bias is None else score_bias.stride(1),
             num_tokens=num_tokens,
             qk_scale=_qk_scale(width // num_heads),
             MASK_N=num_tokens % tile.block_n != 0,
@@ -451,6 +457,7 @@ def aot_cases() -> list[AotCase]:
     kernels = {
         "forward": _forward_kernel,
         "forward_extras": _forward_kernel,
+        "forward_extras_tail": _forward_kernel,
         "grad_query": _grad_query_kernel,
         "grad_key_value": _grad_key_value_kernel,
     }
@@ -462,11 +469,15 @@ def aot_cases() -> list[AotCase]:
     strides = {f"stride_{name}": value for name, value in halves.items()}
     cases = []
     for name, (dtype, head_dim, masked) in itertools.product(kernels, variants):
+        if name.startswith("forward_extras") and masked != name.endswith("tail"):
+            continue
         kernel = kernels[name]
         tile_name = f"{name}_float32" if dtype == "fp32" else name
         for source, gpus, tile in shipped_tiles(tile_name):
             constants = {**strides, **tile.constants(head_dim, gpus)}
             constants["MASK_M" if name == "grad_key_value" else "MASK_N"] = masked
+            if name == "forward_extras":
+                constants |= {"stride_sc": 1024, "stride_bh": 256 * 1024, "stride_bm": 1024}
             if name == "forward":
                 constants |= {"key_scale_ptr": None, "score_bias_ptr": None}
             runtime = [argument for argument in kernel.arg_names if argument not in constants]
