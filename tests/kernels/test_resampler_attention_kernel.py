@@ -211,13 +211,13 @@ def plant(monkeypatch: pytest.MonkeyPatch, kernel_name: str, **changes: Any) -> 
 @pytest.mark.parametrize(
     "kernel_name, changes",
     [
-        ("_forward_kernel", {"MASK_N": False}),
-        ("_forward_kernel", {"qk_scale": lambda scale: scale * 1.001}),
-        ("_grad_query_kernel", {"MASK_N": False}),
-        ("_grad_query_kernel", {"scale": lambda scale: scale * 1.001}),
-        ("_grad_query_kernel", {"num_crops": lambda crops: crops - 1}),
-        ("_grad_key_value_kernel", {"MASK_M": False}),
-        ("_grad_key_value_kernel", {"num_queries": lambda queries: queries - 1}),
+        ("forward_kernel", {"MASK_N": False}),
+        ("forward_kernel", {"qk_scale": lambda scale: scale * 1.001}),
+        ("grad_query_kernel", {"MASK_N": False}),
+        ("grad_query_kernel", {"scale": lambda scale: scale * 1.001}),
+        ("grad_query_kernel", {"num_crops": lambda crops: crops - 1}),
+        ("grad_key_value_kernel", {"MASK_M": False}),
+        ("grad_key_value_kernel", {"num_queries": lambda queries: queries - 1}),
     ],
 )
 def test_planted_faults_are_found(

@@ -27,7 +27,7 @@ z3 = pytest.importorskip("z3")
 kernel = pytest.importorskip("monkey_kernels.resampler_attention.kernel", exc_type=ImportError)
 from tilelens.clients import RaceDetector, Sanitizer  # noqa: E402
 
-KERNELS = ("_forward_kernel", "_grad_query_kernel", "_grad_key_value_kernel")
+KERNELS = ("forward_kernel", "grad_query_kernel", "grad_key_value_kernel")
 
 
 def watch(monkeypatch: pytest.MonkeyPatch, client: type, name: str) -> Any:
@@ -134,7 +134,7 @@ def test_no_two_programs_meet(extras: bool, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_two_groups_that_take_the_same_crop_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "_grad_query_kernel"
+    name = "grad_query_kernel"
     watcher = watch(monkeypatch, RaceDetector, name)
     overlap = {"num_groups": lambda groups: groups - 1}
     monkeypatch.setattr(kernel, name, Altered(getattr(kernel, name), **overlap))
