@@ -10,9 +10,29 @@ from torch.utils.flop_counter import register_flop_formula
 
 from monkey_kernels import backend
 from monkey_kernels.checks import check_dtype, check_positive_int, check_same, check_tensor
-from monkey_kernels.resampler_attention.reference import resampler_attention_reference
+from monkey_kernels.resampler_attention.reference import (
+    log_sum_exp_reference,
+    resampler_attention_backward_reference,
+    resampler_attention_reference,
+)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+TRITON_MAX_HEAD_DIM = 128
+
+
+def _why_unsupported(query: Tensor, num_heads: int) -> str | None:
+    """Why the kernel cannot take a call whose tensors can be on any device; None if it can."""
+    head_dim = query.shape[1] // num_heads
+    if query.dtype not in TRITON_DTYPES:
+        return f"the kernel takes float32, float16 and bfloat16; got {query.dtype}"
+    # Rows of a head start on 16 bytes in 16-bit dtypes only if its width is a multiple of 8.
+    if head_dim % 8 != 0 or head_dim > TRITON_MAX_HEAD_DIM:
+        return (
+            f"the kernel takes head dims that are a multiple of 8, up to {TRITON_MAX_HEAD_DIM}; "
+            f"got {head_dim}"
+        )
+    return None
 
 
 @torch.library.custom_op("monkey_kernels::resampler_attention", mutates_args=())
@@ -23,45 +43,70 @@ def _resampler_attention(
     num_heads: int,
     key_scale: Tensor | None,
     score_bias: Tensor | None,
-) -> Tensor:
-    backend.resolve("resampler_attention", query.device)
-    out = resampler_attention_reference(query, key, value, num_heads, key_scale, score_bias)
-    return out.contiguous()
+) -> tuple[Tensor, Tensor]:
+    """The output and lse [crops, heads, Nq] in float32, for a backward by the Triton kernel.
+
+    lse is zero where nothing reads it: in inference (key_scale, score_bias), and where the kernel
+    cannot run. It does not depend on the backend chosen, since that can change before backward.
+    """
+    unsupported = _why_unsupported(query, num_heads)
+    if backend.resolve("resampler_attention", query.device, unsupported) == "triton":
+        from monkey_kernels.resampler_attention.kernel import attention_forward
+
+        return attention_forward(query, key, value, num_heads, key_scale, score_bias)
+    # The dtypes are settled (see the public function): autocast must not narrow what is inside.
+    with torch.autocast(query.device.type, enabled=False):
+        out = resampler_attention_reference(query, key, value, num_heads, key_scale, score_bias)
+        inference = key_scale is not None or score_bias is not None
+        if inference or unsupported or backend.why_not_triton("resampler_attention", query.device):
+            lse = _empty_lse(query, key, num_heads).zero_()
+        else:
+            lse = log_sum_exp_reference(query, key, num_heads)
+    return out.contiguous(), lse
+
+
+def _empty_lse(query: Tensor, key: Tensor, num_heads: int) -> Tensor:
+    return query.new_empty((key.shape[0], num_heads, query.shape[0]), dtype=torch.float32)
 
 
 @_resampler_attention.register_fake
-def _(query: Tensor, key: Tensor, *_: Any) -> Tensor:
-    return key.new_empty((key.shape[0], *query.shape))
+def _(query: Tensor, key: Tensor, value: Tensor, num_heads: int, *_: Any) -> tuple[Tensor, Tensor]:
+    out = query.new_empty((key.shape[0], *query.shape))
+    return out, _empty_lse(query, key, num_heads)
 
 
 @torch.library.custom_op("monkey_kernels::resampler_attention_backward", mutates_args=())
 def _resampler_attention_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, num_heads: int
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    num_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
-    with torch.enable_grad():
-        out = resampler_attention_reference(q, k, v, num_heads)
-    grad_query, grad_key, grad_value = torch.autograd.grad(out, (q, k, v), grad)
-    return grad_query.contiguous(), grad_key.contiguous(), grad_value.contiguous()
+    unsupported = _why_unsupported(query, num_heads)
+    if backend.resolve("resampler_attention", query.device, unsupported) == "triton":
+        from monkey_kernels.resampler_attention.kernel import attention_backward
+
+        return attention_backward(grad, query, key, value, out, lse, num_heads)
+    with torch.autocast(query.device.type, enabled=False):
+        return resampler_attention_backward_reference(grad, query, key, value, out, num_heads)
 
 
 @_resampler_attention_backward.register_fake
-def _(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, num_heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        query.new_empty(query.shape),
-        key.new_empty(key.shape),
-        value.new_empty(value.shape),
-    )
+def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in (query, key, value))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, key, value, ctx.num_heads, _key_scale, _score_bias = inputs
-    ctx.save_for_backward(query, key, value)
+    out, lse = output
+    ctx.save_for_backward(query, key, value, out, lse)
+    ctx.mark_non_differentiable(lse)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     gradients = _resampler_attention_backward(grad, *ctx.saved_tensors, ctx.num_heads)
     return (*gradients, None, None, None)
 
@@ -105,25 +150,35 @@ def resampler_attention(
 
     Args:
         query: [Nq, E], projected. Shared by the crops: never repeated in memory.
-        key: [crops, N, E], projected; any strides.
-        value: [crops, N, E], projected; any strides. The dtype of all three is float32, float16,
-            bfloat16 or float64.
-        num_heads: number of heads; divides E.
-        key_scale: [crops, N], a factor on each key and value row (inference only).
-        score_bias: [num_heads, Nq, N], added to the scores of every crop (inference only).
+        key: [crops, N, E], projected. Any strides: halves of one [crops, N, 2 E] buffer are read
+            in place. (The Triton kernel copies a tensor whose last dimension is not contiguous.)
+        value: [crops, N, E], projected; strides as for key. The dtype of all three is float32,
+            float16, bfloat16 or float64.
+        num_heads: number of heads; divides E. The Triton kernel takes a head width d that is a
+            multiple of 8, up to 128, and no float64: backend ``"auto"`` runs others in torch.
+        key_scale: [crops, N], a factor on each key and value row (inference only). Its dtype is
+            any of the four: float32 loses nothing beside 16-bit keys.
+        score_bias: [num_heads, Nq, N], added to the scores of every crop (inference only). -inf
+            hides a token; a query row whose every token is hidden gives zero.
 
     Returns:
-        [crops, Nq, E], contiguous, in the dtype of ``query``.
+        [crops, Nq, E], contiguous, in the dtype of ``query``. Under ``torch.autocast`` query, key
+        and value are first cast to its dtype, as for SDPA (float64 stays).
 
     Raises:
         TypeError: an argument that is no tensor, or a dtype that is not listed above.
         ValueError: another rank, sizes, devices or dtypes that do not match, no token, num_heads
-            that does not divide E, or a gradient asked for through key_scale or score_bias.
+            that does not divide E, or a gradient asked for together with, or through, key_scale
+            or score_bias.
         RuntimeError: the backend ``"triton"`` was requested and cannot run.
 
     Numerics:
-        Softmax and accumulation in float32 (float64 for float64). The gradient of ``query`` sums
-        over crops in a fixed order. Differentiable in query, key and value.
+        Softmax and accumulation in float32 (float64 for float64); float32 products as three TF32
+        ones on NVIDIA tensor cores, at the error of float32. Differentiable once, in query, key
+        and value, deterministically; the gradient of ``query`` adds the crops in a fixed order in
+        float32. Saved for backward: query, key, value, the output, and one float32 per crop, head
+        and query. Error against float64: at most twice that of torch's SDPA in the same dtype,
+        plus one rounding.
 
     Source: upstream ``monkey_model/visual.py``, ``Resampler``; Dao, FlashAttention-2 (2023).
     """
@@ -138,10 +193,12 @@ def resampler_attention(
     check_same("value", list(value.shape), "key", list(key.shape), "shape")
     if key.shape[1] == 0:
         raise ValueError(f"key must have at least one token; got {list(key.shape)}")
-    check_dtype("query", query.dtype, DTYPES)
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        check_dtype(name, x.dtype, DTYPES)
+        check_same(name, x.device, "query", query.device, "device")
+    query, key, value = _autocast(query), _autocast(key), _autocast(value)
     for name, x in (("key", key), ("value", value)):
         check_same(name, x.dtype, "query", query.dtype, "dtype")
-        check_same(name, x.device, "query", query.device, "device")
     extras = (
         ("key_scale", key_scale, list(key.shape[:2]), "[crops, N]"),
         ("score_bias", score_bias, [num_heads, query.shape[0], key.shape[1]], "[heads, Nq, N]"),
@@ -154,9 +211,20 @@ def resampler_attention(
         check_same(name, extra.device, "query", query.device, "device")
         if list(extra.shape) != shape:
             raise ValueError(f"{name} must be {layout} = {shape}; got {list(extra.shape)}")
-        if extra.requires_grad and torch.is_grad_enabled():
+        needs_grad = any(x.requires_grad for x in (query, key, value, extra))
+        if torch.is_grad_enabled() and needs_grad:
             raise ValueError(
-                f"{name} carries no gradient: it must not require one; detach it, or run under "
-                "torch.no_grad()"
+                f"{name} is for inference: neither it nor query, key or value may require a "
+                "gradient; detach them, or run under torch.no_grad()"
             )
-    return _resampler_attention(query, key, value, num_heads, key_scale, score_bias)
+    out, _lse = _resampler_attention(query, key, value, num_heads, key_scale, score_bias)
+    return out
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """``x`` in the dtype of the ``torch.autocast`` that is in force on its device, if one is."""
+    # Not register_autocast, which takes one fixed dtype whatever autocast's own is.
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
