@@ -38,7 +38,8 @@ def get_abs_pos(abs_pos: Tensor, tgt_size: int) -> Tensor:
             raise ValueError(f"{name} must have a square number of positions; got {size}")
     if source == target:
         return abs_pos
-    table = abs_pos.float().view(1, source, source, -1).permute(0, 3, 1, 2)
+    wide = torch.promote_types(abs_pos.dtype, torch.float32)
+    table = abs_pos.to(wide).view(1, source, source, -1).permute(0, 3, 1, 2)
     table = F.interpolate(table, (target, target), mode="bicubic", align_corners=False)
     return table.permute(0, 2, 3, 1).flatten(0, 2).to(abs_pos.dtype)
 
