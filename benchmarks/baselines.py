@@ -34,6 +34,21 @@ def upstream_crops(image: Image.Image, interpolation: str = "bicubic") -> Tensor
     return torch.cat([window for row in windows for window in row] + [small])
 
 
+def torch_crops(image: Tensor, interpolation: str, dtype: torch.dtype) -> Tensor:
+    """The strongest torch form that runs on any device: [H, W, 3] uint8 to [5, 3, 448, 448].
+
+    Float all the way: torch's antialiased filter takes no uint8 on a GPU.
+    """
+    x = image.permute(2, 0, 1).unsqueeze(0).float()
+    canvas = F.interpolate(x, (896, 896), mode=interpolation, antialias=True)
+    canvas = canvas.round().clamp(0, 255) / 255
+    mean, std = (torch.tensor(c, device=x.device).view(3, 1, 1) for c in (CLIP_MEAN, CLIP_STD))
+    canvas = (canvas - mean) / std
+    windows = [w for row in sliding_window(canvas, (448, 448), 448) for w in row]
+    small = F.interpolate(canvas, size=(448, 448), mode=interpolation)
+    return torch.cat([*windows, small]).to(dtype)
+
+
 def _attention(attn: Any, x: Tensor, idx: int | None) -> Tensor:
     assert torch.equal(x, x)  # upstream compares query with key: a device synchronisation
     tokens, batch, width = x.shape
