@@ -27,7 +27,7 @@ DTYPES = [
     torch.float16,
     pytest.param(torch.bfloat16, marks=pytest.mark.gpu),
 ]
-# crops, heads, queries, tokens, head dim. Tiles have up to 128 query rows and 64 tokens.
+# crops, heads, queries, tokens, head dim. Tiles have up to 64 query rows and 64 tokens.
 SHAPES = [
     (1, 1, 1, 1, 64),  # one query, one token: the softmax has nothing to choose from
     (1, 2, 1, 65, 80),  # one query; a single token beyond a tile
