@@ -126,8 +126,8 @@ def forward_kernel(
         m_i = m_new
 
     # A row whose every token is hidden by a bias of -inf gives zero, as torch's SDPA does.
-    empty = l_i == 0.0
-    acc = acc / tl.where(empty, 1.0, l_i)[:, None]
+    l_i = tl.where(l_i == 0.0, 1.0, l_i)
+    acc = acc / l_i[:, None]
     lse = m_i + tl.log2(l_i)
     out_ptr += (crop * num_queries + start_m) * width + head * HEAD_DIM
     store_rows(out_ptr, width, rows_m, acc, HEAD_DIM)

@@ -134,6 +134,15 @@ def resampler_attention_backward_flop(
     return _attention_flops(query_shape, key_shape, products=5)
 
 
+def _autocast(x: Tensor) -> Tensor:
+    """``x`` in the dtype of the ``torch.autocast`` that is in force on its device, if one is."""
+    # Not register_autocast, which takes one fixed dtype whatever autocast's own is.
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
 def resampler_attention(
     query: Tensor,
     key: Tensor,
@@ -219,12 +228,3 @@ def resampler_attention(
             )
     out, _lse = _resampler_attention(query, key, value, num_heads, key_scale, score_bias)
     return out
-
-
-def _autocast(x: Tensor) -> Tensor:
-    """``x`` in the dtype of the ``torch.autocast`` that is in force on its device, if one is."""
-    # Not register_autocast, which takes one fixed dtype whatever autocast's own is.
-    device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
-        return x
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x

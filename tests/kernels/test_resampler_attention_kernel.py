@@ -11,6 +11,7 @@ from numerics import check_error, nan_filled
 from torch import Tensor
 
 from monkey_kernels import resampler_attention, use_backend
+from monkey_kernels.resampler_attention import tiles
 from monkey_kernels.resampler_attention.reference import (
     log_sum_exp_reference,
     resampler_attention_reference,
@@ -26,7 +27,7 @@ DTYPES = [
     torch.float16,
     pytest.param(torch.bfloat16, marks=pytest.mark.gpu),
 ]
-# crops, heads, queries, tokens, head dim. Tiles have up to 128 query rows and 64 tokens.
+# crops, heads, queries, tokens, head dim. Tiles have up to 64 query rows and 64 tokens.
 SHAPES = [
     (1, 1, 1, 1, 64),  # one query, one token: the softmax has nothing to choose from
     (1, 2, 1, 65, 80),  # one query; a single token beyond a tile
@@ -242,3 +243,28 @@ def test_auto_is_the_kernel_on_a_gpu() -> None:
     inputs = make_inputs(2, 2, 17, 70, 64, torch.float16, "cuda")
     auto = resampler_attention(*inputs[:3], num_heads=2)
     assert torch.equal(auto, run_kernel(inputs, 2)[0])
+
+
+@pytest.mark.parametrize("gpus", tiles.DEFAULTS)
+def test_default_tiles_are_what_triton_takes(gpus: str) -> None:
+    for name, tile in tiles.DEFAULTS[gpus].items():
+        for value in (tile.block_m, tile.block_n, tile.num_warps, tile.num_stages):
+            assert value & (value - 1) == 0, name
+        assert min(tile.block_m, tile.block_n) >= 16, name
+    assert tile.constants(104, gpus)["BLOCK_D"] == 128
+    assert tile.constants(8, gpus)["BLOCK_D"] == 16
+
+
+def test_each_dtype_has_its_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def parameters(kernel_name: str, default: Any, device: torch.device) -> Any:
+        asked.append(kernel_name)
+        return default
+
+    monkeypatch.setattr(tiles, "launch_parameters", parameters)
+    run_kernel(make_inputs(1, 1, 3, 5, 16, torch.float16, DEVICE), 1)
+    run_kernel(make_inputs(1, 1, 3, 5, 16, torch.float32, DEVICE), 1)
+    names = ["forward", "grad_query", "grad_key_value"]
+    names += [f"{name}_float32" for name in names]
+    assert asked == [f"resampler_attention_{name}" for name in names]

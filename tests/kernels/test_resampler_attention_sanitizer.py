@@ -26,12 +26,16 @@ tilelens = pytest.importorskip("tilelens")
 z3 = pytest.importorskip("z3")
 kernel = pytest.importorskip("monkey_kernels.resampler_attention.kernel", exc_type=ImportError)
 from tilelens.clients import RaceDetector, Sanitizer  # noqa: E402
+from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
 
 KERNELS = ("forward_kernel", "grad_query_kernel", "grad_key_value_kernel")
 
 
 def watch(monkeypatch: pytest.MonkeyPatch, client: type, name: str) -> Any:
     """Run the kernel ``name`` under ``client``, one that reports and does not exit."""
+    # The interpreter keeps the rewritten source of each kernel. tilelens rewrites loops in its own
+    # way: after a plain run it would find them unrolled, and see the first program's bounds only.
+    monkeypatch.setattr(InterpretedFunction, "rewritten_fn", {})
     watcher = client(abort_on_error=False)
     traced = tilelens.trace(watcher)(getattr(kernel, name))
     monkeypatch.setattr(kernel, name, traced)
