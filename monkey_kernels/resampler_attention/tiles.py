@@ -59,7 +59,7 @@ _CUDA = {
     # Two accumulators beside both: at [64, 128] sm_80 and sm_90 spill.
     "grad_key_value": Tile(block_m=64, block_n=64, num_warps=8, num_stages=2),
     # float32 tiles are split into a high and a low half in registers: these are what fits.
-    "forward_float32": Tile(block_m=16, block_n=32, num_warps=4, num_stages=1),
+    "forward_float32": Tile(block_m=16, block_n=64, num_warps=8, num_stages=1),
     "forward_extras_float32": Tile(block_m=16, block_n=32, num_warps=4, num_stages=1),
     "forward_extras_tail_float32": Tile(block_m=16, block_n=32, num_warps=4, num_stages=1),
     "grad_query_float32": Tile(block_m=16, block_n=64, num_warps=8, num_stages=1),
