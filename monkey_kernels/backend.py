@@ -23,7 +23,7 @@ NAMES = ("auto", "triton", "torch")
 _MIN_CUDA_CAPABILITY = (8, 0)
 
 # The ops that have a Triton kernel, and the module that holds it.
-TRITON_KERNELS: dict[str, str] = {}
+TRITON_KERNELS: dict[str, str] = {"extract_crops": "monkey_kernels.crops.kernel"}
 OPS = ("extract_crops", "resampler_attention")
 
 # One process-wide override, not a context variable: autograd runs backward on threads of its

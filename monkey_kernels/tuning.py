@@ -1,0 +1,66 @@
+"""Launch parameters: one safe default per kernel, in code, and one JSON file per device.
+
+``configs/<device>.json`` is ``{kernel: {parameter: int}}``. The device is ``torch``'s name for it
+in lower case with dashes, as in ``nvidia-h100-80gb-hbm3.json``. A file names only what differs
+from the default. It is read when the kernel first runs on that device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    Parameters = TypeVar("Parameters", bound=DataclassInstance)
+else:
+    Parameters = TypeVar("Parameters")
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+def launch_parameters(kernel: str, default: Parameters, device: torch.device) -> Parameters:
+    """``default`` (a frozen dataclass of ints), with what the device's file says of ``kernel``.
+
+    Raises:
+        ValueError: the file is not JSON, or gives ``kernel`` an unknown parameter or a value that
+            is not a power of two.
+    """
+    if device.type != "cuda":
+        return default
+    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+    return from_file(CONFIGS / f"{name}.json", kernel, default)
+
+
+@functools.lru_cache(maxsize=None)
+def from_file(path: Path, kernel: str, default: Parameters) -> Parameters:
+    """``default`` with the parameters of ``kernel`` in ``path``, if the file is there."""
+    if not path.exists():
+        return default
+    try:
+        values: dict[str, Any] = json.loads(path.read_text()).get(kernel, {})
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(f"{path} must hold a JSON object of kernels: {error}") from error
+    known = [field.name for field in dataclasses.fields(default)]
+    for name, value in values.items():
+        if name not in known:
+            raise ValueError(
+                f"{path}: {kernel} has no parameter {name!r}; it takes {', '.join(known)}"
+            )
+        # Tile sides, warps: Triton takes powers of two. (Stages that are not are never better here.)
+        if not isinstance(value, int) or value < 1 or value & (value - 1):
+            raise ValueError(f"{path}: {kernel}.{name} must be a power of two; got {value!r}")
+    return dataclasses.replace(default, **values)
+
+
+def shipped(kernel: str, default: Parameters) -> dict[str, Parameters]:
+    """Every set of parameters that can be picked for ``kernel``: by device file, and the default."""
+    files = {path.stem: from_file(path, kernel, default) for path in sorted(CONFIGS.glob("*.json"))}
+    return {"default": default, **{n: p for n, p in files.items() if p != default}}
