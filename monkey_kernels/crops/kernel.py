@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -13,51 +13,47 @@ import triton.language as tl
 from torch import Tensor
 
 from monkey_kernels import tuning
+from monkey_kernels.aot import AotCase
+from monkey_kernels.crops.plan import AXIS_FIELDS, IMAGE_FIELDS, make_plan
 from monkey_kernels.crops.reference import (
     FILTER_RADIUS,
     PATCH_COLUMNS,
     PATCH_SIZE,
     WEIGHT_BITS,
-    place,
-    vertical_first,
 )
-
-# int64 columns of the host's two tables (see `_plan`).
-IMAGE_FIELDS = 9
-AXIS_FIELDS = 4
-
 
 @dataclass(frozen=True)
-class ResampleParameters:
-    """Tile of the canvas that a program makes, and the steps in which it reads the image.
+class FilterParameters:
+    """Tile of one pass, per channel: lines, outputs along the axis, inputs per step."""
 
-    "Columns" are along the axis of the first pass, "rows" along that of the second.
-    """
-
-    block_rows: int = 64  # taller: less of the image is read twice (3 % at a shrink of 3.4)
-    block_columns: int = 16  # narrower: fewer zeros in the first band, which is most of the work
-    step_rows: int = 64  # one warp per 16 rows, and the M of Hopper's warp-group instruction
-    step_columns: int = 64  # 12 KB of pixels in flight per program
+    block_m: int = 64
+    block_n: int = 16
+    block_k: int = 64
     num_warps: int = 4
-    num_stages: int = 1  # nothing to pipeline: byte loads cannot be asynchronous copies
 
+    def blocks(self) -> dict[str, int]:
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
 
-# fp32 has no exact tensor core instruction; smaller steps keep the operands in registers.
-FLOAT_RESAMPLE = ResampleParameters(
-    block_rows=32, block_columns=16, step_rows=32, step_columns=32, num_warps=4
-)
+    def launch(self) -> dict[str, Any]:
+        # Nothing to pipeline: loads of single bytes cannot be asynchronous copies.
+        options = {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": True}
+        return {**self.blocks(), **options}
 
 
 @dataclass(frozen=True)
 class CutParameters:
-    block: int = 1024  # 8 neighbouring values a thread: 16-byte stores in half precision
+    block: int = 512
     num_warps: int = 4
 
 
-RESAMPLE = ResampleParameters()
+UINT8_PASSES = {"first_pass": FilterParameters(), "second_pass": FilterParameters()}
+FLOAT_PASSES = {
+    "first_pass_float": FilterParameters(32, 16, 32),
+    "second_pass_float": FilterParameters(32, 16, 32),
+}
+SCRATCH_BYTES = 16 * 2**20
 CUT = CutParameters()
 TAPS_BLOCK = (16, 32)  # outputs, taps: most shrinks' taps in one step
-
 
 _WEIGHT_BITS = tl.constexpr(WEIGHT_BITS)
 _WEIGHT_ONE = tl.constexpr(1 << WEIGHT_BITS)
@@ -99,6 +95,7 @@ def _taps_kernel(
     taps = tl.load(axis_ptr + 2).to(tl.int32)
     offs_out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     mask_out = offs_out < out_size
+    offs_out = tl.minimum(offs_out, out_size - 1)  # past the end, weights would be 0 / 0
     row_ptr = taps_ptr + tl.load(axis_ptr + 3) + offs_out.to(tl.int64) * (taps + 1)
 
     # float64, in the reference's order, so that the rounded weights are its own.
@@ -130,17 +127,6 @@ def _taps_kernel(
 
 
 @triton.jit
-def _band(row_ptr, first, pixel, taps, mask):
-    """Weights at ``pixel`` of the outputs whose taps start at ``first``; 0 outside the band.
-
-    The arguments broadcast to the shape of the result.
-    """
-    tap = pixel - first
-    mask = mask & (tap >= 0) & (tap < taps)
-    return tl.load(row_ptr + 1 + tap, mask, other=0)
-
-
-@triton.jit
 def _high(weight):
     return (weight + _PIECE_HALF) >> _PIECE_BITS
 
@@ -151,18 +137,10 @@ def _low(weight):
 
 
 @triton.jit
-def _pixels(acc_high, acc_low):
-    """Rounded and clamped 0..255 values of a pass, int32, from its two exact integer sums."""
-    value = (acc_high.to(tl.int32) << _PIECE_BITS) + acc_low.to(tl.int32)
-    value = (value + _WEIGHT_HALF) >> _WEIGHT_BITS
-    return tl.minimum(tl.maximum(value, 0), 255)
-
-
-@triton.jit
-def _first_pass(acc, band, x_ptr, mask, TRANSPOSED: tl.constexpr, IS_FLOAT: tl.constexpr):
-    """``acc`` [rows, N] += image step [rows, columns] . ``band`` [columns, N]."""
+def _multiply(acc, band, x_ptr, mask, M_FAST: tl.constexpr, IS_FLOAT: tl.constexpr):
+    """``acc`` [BLOCK_M, N] += values at ``x_ptr`` . ``band`` [BLOCK_K, N]."""
     x = tl.load(x_ptr, mask, other=0)
-    if TRANSPOSED:
+    if M_FAST:
         x = tl.trans(x)
     if IS_FLOAT:
         return tl.dot(x.to(tl.float32), band, acc, input_precision="ieee")
@@ -170,199 +148,179 @@ def _first_pass(acc, band, x_ptr, mask, TRANSPOSED: tl.constexpr, IS_FLOAT: tl.c
 
 
 @triton.jit
-def _round_first_pass(acc, IS_FLOAT: tl.constexpr):
-    """First pass's [rows, N] sums as the second pass's operand."""
+def _store(out_ptr, acc, mask, STORE_M_FAST: tl.constexpr, IS_FLOAT: tl.constexpr):
+    """Store sums [BLOCK_M, N]; for uint8, the rounded and clamped sums of both weight pieces."""
     if IS_FLOAT:
-        return acc
-    rows: tl.constexpr = acc.shape[0]
-    columns: tl.constexpr = acc.shape[1] // 2
-    high, low = tl.split(tl.reshape(acc, [rows, columns, 2]))
-    return _pixels(high, low).to(tl.float16)
-
-
-@triton.jit
-def _store_canvas(canvas_ptr, high, low, mask, TRANSPOSED: tl.constexpr, IS_FLOAT: tl.constexpr):
-    if IS_FLOAT:
-        value = high
+        value = acc
     else:
-        value = _pixels(high, low).to(tl.uint8)
-    if TRANSPOSED:
+        BLOCK_M: tl.constexpr = acc.shape[0]
+        BLOCK_N: tl.constexpr = acc.shape[1] // 2
+        high, low = tl.split(tl.reshape(acc, [BLOCK_M, BLOCK_N, 2]))
+        # Both sums are whole numbers below 2**24, so from here it is Pillow's integer arithmetic.
+        value = (high.to(tl.int32) << _PIECE_BITS) + low.to(tl.int32)
+        value = (value + _WEIGHT_HALF) >> _WEIGHT_BITS
+        value = tl.minimum(tl.maximum(value, 0), 255).to(tl.uint8)
+    if STORE_M_FAST:
         value = tl.trans(value)
-    tl.store(canvas_ptr, value, mask)
+    tl.store(out_ptr, value, mask)
 
 
 @triton.jit
-def _resample_tile(
-    src_ptr,  # first pixel of the window, first channel
-    stride_row,  # of the image, along the second pass's axis
-    stride_column,  # of the image, along the first pass's axis
-    stride_channel,
+def _filter_tile(
+    x_ptr,  # [3, lines, in] by strides
+    stride_xc,
+    stride_xm,
+    stride_xk,
+    lines,
+    axis_ptr,
     taps_ptr,
-    column_axis_ptr,
-    row_axis_ptr,
-    canvas_ptr,  # target's first value, first channel
-    stride_canvas_row,
-    stride_canvas_column,
-    stride_canvas_channel,
+    out_ptr,  # [3, lines, out] by strides
+    stride_oc,
+    stride_om,
+    stride_on,
     tile,
-    TRANSPOSED: tl.constexpr,
+    M_FAST: tl.constexpr,  # neighbours in memory are neighbouring lines of x (else of its K)
+    STORE_M_FAST: tl.constexpr,
     IS_FLOAT: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    STEP_ROWS: tl.constexpr,
-    STEP_COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    """One tile of the canvas: W_row . image . W_column^T, rounded between the two products."""
-    in_columns = tl.load(column_axis_ptr).to(tl.int32)
-    out_columns = tl.load(column_axis_ptr + 1).to(tl.int32)
-    column_taps = tl.load(column_axis_ptr + 2).to(tl.int32)
-    column_taps_ptr = taps_ptr + tl.load(column_axis_ptr + 3)
-    in_rows = tl.load(row_axis_ptr).to(tl.int32)
-    out_rows = tl.load(row_axis_ptr + 1).to(tl.int32)
-    row_taps = tl.load(row_axis_ptr + 2).to(tl.int32)
-    row_taps_ptr = taps_ptr + tl.load(row_axis_ptr + 3)
-
-    tiles_across = tl.cdiv(out_columns, BLOCK_COLUMNS)
-    column = (tile % tiles_across) * BLOCK_COLUMNS
-    row = (tile // tiles_across) * BLOCK_ROWS
+    """One tile [BLOCK_M, BLOCK_N] of each channel of x . W^T, W the banded filter of one axis."""
+    in_size = tl.load(axis_ptr).to(tl.int32)
+    out_size = tl.load(axis_ptr + 1).to(tl.int32)
+    taps = tl.load(axis_ptr + 2).to(tl.int32)
+    taps_ptr += tl.load(axis_ptr + 3)
+    across = tl.cdiv(out_size, BLOCK_N)
+    n = (tile % across) * BLOCK_N
+    m = (tile // across) * BLOCK_M
     # The grid is the largest that any image needs.
-    if row < out_rows:
-        # The window of the image under this tile.
-        last = tl.minimum(column + BLOCK_COLUMNS, out_columns) - 1
-        column_start = tl.load(column_taps_ptr + column.to(tl.int64) * (column_taps + 1))
-        column_end = tl.load(column_taps_ptr + last.to(tl.int64) * (column_taps + 1))
-        column_end = tl.minimum(column_end + column_taps, in_columns)
-        last = tl.minimum(row + BLOCK_ROWS, out_rows) - 1
-        row_start = tl.load(row_taps_ptr + row.to(tl.int64) * (row_taps + 1))
-        row_end = tl.load(row_taps_ptr + last.to(tl.int64) * (row_taps + 1))
-        row_end = tl.minimum(row_end + row_taps, in_rows)
-
-        # First band, [STEP_COLUMNS, N]: each output twice, for the two pieces of its weights.
+    if m < lines:
+        # Each output of uint8 images twice, next to each other: for the two pieces of its weights.
         PIECES: tl.constexpr = 1 if IS_FLOAT else 2
-        offs_n = tl.arange(0, BLOCK_COLUMNS * PIECES)
-        n_out = column + offs_n // PIECES
-        mask_n = n_out < out_columns
-        n_ptr = column_taps_ptr + n_out.to(tl.int64) * (column_taps + 1)
-        n_first = tl.load(n_ptr, mask_n, other=0)
-        # Second band, [BLOCK_ROWS, STEP_ROWS]
-        offs_m = row + tl.arange(0, BLOCK_ROWS)
-        mask_m = offs_m < out_rows
-        m_ptr = row_taps_ptr + offs_m.to(tl.int64) * (row_taps + 1)
-        m_first = tl.load(m_ptr, mask_m, other=0)
+        offs_n = tl.arange(0, BLOCK_N * PIECES)
+        mask_n = n + offs_n // PIECES < out_size
+        n_ptr = taps_ptr + (n + offs_n // PIECES) * (taps + 1)
+        first = tl.load(n_ptr, mask_n, other=0)
+        last = tl.minimum(n + BLOCK_N, out_size) - 1
+        k_start = tl.load(taps_ptr + n * (taps + 1))
+        k_end = tl.minimum(tl.load(taps_ptr + last * (taps + 1)) + taps, in_size)
 
-        # Per channel, the sums of the weights' high pieces and of their low pieces.
-        high_0 = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
-        high_1, high_2, low_0, low_1, low_2 = high_0, high_0, high_0, high_0, high_0
-        for r in range(row_start, row_end, STEP_ROWS):
-            offs_r = r + tl.arange(0, STEP_ROWS)
-            mask_r = offs_r < row_end
-            r_ptr = src_ptr + offs_r.to(tl.int64) * stride_row
-            acc_0 = tl.zeros([STEP_ROWS, BLOCK_COLUMNS * PIECES], tl.float32)
-            acc_1, acc_2 = acc_0, acc_0
-            for k in range(column_start, column_end, STEP_COLUMNS):
-                offs_k = k + tl.arange(0, STEP_COLUMNS)
-                mask_k = offs_k < column_end
-                band = _band(
-                    n_ptr[None, :], n_first[None, :], offs_k[:, None], column_taps, mask_n[None, :]
-                )
-                if IS_FLOAT:
-                    band = band.to(tl.float32, bitcast=True)
-                else:
-                    is_low = (offs_n % 2 == 1)[None, :]
-                    band = tl.where(is_low, _low(band), _high(band)).to(tl.float16)
-                k_offset = offs_k.to(tl.int64) * stride_column
-                if TRANSPOSED:  # neighbours in memory are neighbouring rows: let threads follow
-                    x_ptr = r_ptr[None, :] + k_offset[:, None]
-                    mask = mask_r[None, :] & mask_k[:, None]
-                else:
-                    x_ptr = r_ptr[:, None] + k_offset[None, :]
-                    mask = mask_r[:, None] & mask_k[None, :]
-                acc_0 = _first_pass(acc_0, band, x_ptr, mask, TRANSPOSED, IS_FLOAT)
-                x_ptr += stride_channel
-                acc_1 = _first_pass(acc_1, band, x_ptr, mask, TRANSPOSED, IS_FLOAT)
-                x_ptr += stride_channel
-                acc_2 = _first_pass(acc_2, band, x_ptr, mask, TRANSPOSED, IS_FLOAT)
-
-            band = _band(
-                m_ptr[:, None], m_first[:, None], offs_r[None, :], row_taps, mask_m[:, None]
-            )
-            p_0 = _round_first_pass(acc_0, IS_FLOAT)
-            p_1 = _round_first_pass(acc_1, IS_FLOAT)
-            p_2 = _round_first_pass(acc_2, IS_FLOAT)
+        offs_m = m + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < lines
+        m_offset = offs_m.to(tl.int64) * stride_xm
+        acc_0 = tl.zeros([BLOCK_M, BLOCK_N * PIECES], tl.float32)
+        acc_1, acc_2 = acc_0, acc_0
+        for k in range(k_start, k_end, BLOCK_K):
+            offs_k = k + tl.arange(0, BLOCK_K)
+            tap = offs_k[:, None] - first[None, :]
+            mask = (tap >= 0) & (tap < taps) & mask_n[None, :]
+            weight = tl.load(n_ptr[None, :] + 1 + tap, mask, other=0)
             if IS_FLOAT:
-                band_32 = band.to(tl.float32, bitcast=True)
-                high_0 = tl.dot(band_32, p_0, high_0, input_precision="ieee")
-                high_1 = tl.dot(band_32, p_1, high_1, input_precision="ieee")
-                high_2 = tl.dot(band_32, p_2, high_2, input_precision="ieee")
+                band = weight.to(tl.float32, bitcast=True)
             else:
-                band_high = _high(band).to(tl.float16)
-                band_low = _low(band).to(tl.float16)
-                high_0 = tl.dot(band_high, p_0, high_0)
-                low_0 = tl.dot(band_low, p_0, low_0)
-                high_1 = tl.dot(band_high, p_1, high_1)
-                low_1 = tl.dot(band_low, p_1, low_1)
-                high_2 = tl.dot(band_high, p_2, high_2)
-                low_2 = tl.dot(band_low, p_2, low_2)
+                is_low = (offs_n % 2 == 1)[None, :]
+                band = tl.where(is_low, _low(weight), _high(weight)).to(tl.float16)
+            k_offset = offs_k.to(tl.int64) * stride_xk
+            mask_k = offs_k < k_end
+            if M_FAST:
+                offset = m_offset[None, :] + k_offset[:, None]
+                mask = mask_m[None, :] & mask_k[:, None]
+            else:
+                offset = m_offset[:, None] + k_offset[None, :]
+                mask = mask_m[:, None] & mask_k[None, :]
+            acc_0 = _multiply(acc_0, band, x_ptr + offset, mask, M_FAST, IS_FLOAT)
+            acc_1 = _multiply(acc_1, band, x_ptr + stride_xc + offset, mask, M_FAST, IS_FLOAT)
+            acc_2 = _multiply(acc_2, band, x_ptr + 2 * stride_xc + offset, mask, M_FAST, IS_FLOAT)
 
-        offs_c = column + tl.arange(0, BLOCK_COLUMNS)
-        mask_c = offs_c < out_columns
-        row_offset = offs_m.to(tl.int64) * stride_canvas_row
-        column_offset = offs_c.to(tl.int64) * stride_canvas_column
-        if TRANSPOSED:
-            c_ptr = canvas_ptr + row_offset[None, :] + column_offset[:, None]
-            mask = mask_m[None, :] & mask_c[:, None]
+        offs_o = n + tl.arange(0, BLOCK_N)
+        m_offset = offs_m.to(tl.int64) * stride_om
+        o_offset = offs_o.to(tl.int64) * stride_on
+        if STORE_M_FAST:
+            offset = m_offset[None, :] + o_offset[:, None]
+            mask = mask_m[None, :] & (offs_o < out_size)[:, None]
         else:
-            c_ptr = canvas_ptr + row_offset[:, None] + column_offset[None, :]
-            mask = mask_m[:, None] & mask_c[None, :]
-        _store_canvas(c_ptr, high_0, low_0, mask, TRANSPOSED, IS_FLOAT)
-        c_ptr += stride_canvas_channel
-        _store_canvas(c_ptr, high_1, low_1, mask, TRANSPOSED, IS_FLOAT)
-        c_ptr += stride_canvas_channel
-        _store_canvas(c_ptr, high_2, low_2, mask, TRANSPOSED, IS_FLOAT)
+            offset = m_offset[:, None] + o_offset[None, :]
+            mask = mask_m[:, None] & (offs_o < out_size)[None, :]
+        _store(out_ptr + offset, acc_0, mask, STORE_M_FAST, IS_FLOAT)
+        _store(out_ptr + stride_oc + offset, acc_1, mask, STORE_M_FAST, IS_FLOAT)
+        _store(out_ptr + 2 * stride_oc + offset, acc_2, mask, STORE_M_FAST, IS_FLOAT)
 
 
 @triton.jit
-def _resample_kernel(
-    images_ptr,  # [B, IMAGE_FIELDS] int64
+def _first_pass_kernel(
+    images_ptr,  # [images, IMAGE_FIELDS] int64
     axes_ptr,  # [axes, AXIS_FIELDS] int64
     taps_ptr,  # int32
-    canvas_ptr,  # [B, 3, canvas_height, canvas_width] uint8, or float32 for float images
-    canvas_height,
-    canvas_width,
+    scratch_ptr,  # per image [3, out, lines] uint8, or float32 for float images
     tiles,  # per image
     IMAGE_DTYPE: tl.constexpr,
-    IS_FLOAT: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    STEP_ROWS: tl.constexpr,
-    STEP_COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    """Stage 1, image to canvas. Grid: (B * tiles,)."""
-    b = tl.program_id(0) // tiles
+    """Image to scratch. Grid: (images * tiles,)."""
+    IS_FLOAT: tl.constexpr = IMAGE_DTYPE != tl.uint8
+    image_ptr = images_ptr + tl.program_id(0) // tiles * _IMAGE_FIELDS
     tile = tl.program_id(0) % tiles
-    image_ptr = images_ptr + b * _IMAGE_FIELDS
-    src_ptr = tl.load(image_ptr).to(tl.pointer_type(IMAGE_DTYPE))
-    stride_y = tl.load(image_ptr + 1)
-    stride_x = tl.load(image_ptr + 2)
-    stride_channel = tl.load(image_ptr + 3) if IS_FLOAT else 1
-    y_axis_ptr = axes_ptr + tl.load(image_ptr + 4) * _AXIS_FIELDS
-    x_axis_ptr = axes_ptr + tl.load(image_ptr + 5) * _AXIS_FIELDS
-    top = tl.load(image_ptr + 7)
-    left = tl.load(image_ptr + 8)
-    area = canvas_height.to(tl.int64) * canvas_width
-    canvas_ptr += b.to(tl.int64) * 3 * area + top * canvas_width + left
-    if IS_FLOAT or tl.load(image_ptr + 6) == 0:
-        _resample_tile(
-            src_ptr, stride_y, stride_x, stride_channel, taps_ptr, x_axis_ptr, y_axis_ptr,
-            canvas_ptr, canvas_width, 1, area, tile,
-            False, IS_FLOAT, BLOCK_ROWS, BLOCK_COLUMNS, STEP_ROWS, STEP_COLUMNS,
+    x_ptr = tl.load(image_ptr).to(tl.pointer_type(IMAGE_DTYPE))
+    stride_m = tl.load(image_ptr + 1)
+    stride_k = tl.load(image_ptr + 2)
+    lines = tl.load(image_ptr + 4).to(tl.int32)
+    axis_ptr = axes_ptr + tl.load(image_ptr + 5) * _AXIS_FIELDS
+    plane = tl.load(axis_ptr + 1) * lines
+    out_ptr = scratch_ptr + tl.load(image_ptr + 8)
+    if IS_FLOAT:
+        stride_channel = tl.load(image_ptr + 3)
+    else:
+        stride_channel = 1
+    if tl.load(image_ptr + 7) == 0:
+        _filter_tile(
+            x_ptr, stride_channel, stride_m, stride_k, lines, axis_ptr, taps_ptr,
+            out_ptr, plane, 1, lines, tile, False, True, IS_FLOAT, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
-        # Vertical pass first: the same work on the transposed image and canvas.
-        _resample_tile(
-            src_ptr, stride_x, stride_y, stride_channel, taps_ptr, y_axis_ptr, x_axis_ptr,
-            canvas_ptr, 1, canvas_width, area, tile,
-            True, IS_FLOAT, BLOCK_ROWS, BLOCK_COLUMNS, STEP_ROWS, STEP_COLUMNS,
+        _filter_tile(
+            x_ptr, stride_channel, stride_m, stride_k, lines, axis_ptr, taps_ptr,
+            out_ptr, plane, 1, lines, tile, True, True, IS_FLOAT, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+
+
+@triton.jit
+def _second_pass_kernel(
+    images_ptr,  # [images, IMAGE_FIELDS] int64
+    axes_ptr,  # [axes, AXIS_FIELDS] int64
+    taps_ptr,  # int32
+    scratch_ptr,  # per image [3, lines, in] uint8, or float32 for float images
+    canvas_ptr,  # [images, 3, height, width], the same type
+    height,
+    width,
+    tiles,  # per image
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Scratch to canvas. Grid: (images * tiles,)."""
+    IS_FLOAT: tl.constexpr = scratch_ptr.dtype.element_ty != tl.uint8
+    image = tl.program_id(0) // tiles
+    image_ptr = images_ptr + image * _IMAGE_FIELDS
+    tile = tl.program_id(0) % tiles
+    x_ptr = scratch_ptr + tl.load(image_ptr + 8)
+    in_size = tl.load(image_ptr + 4)
+    lines = tl.load(axes_ptr + tl.load(image_ptr + 5) * _AXIS_FIELDS + 1).to(tl.int32)
+    axis_ptr = axes_ptr + tl.load(image_ptr + 6) * _AXIS_FIELDS
+    area = height.to(tl.int64) * width
+    out_ptr = canvas_ptr + image.to(tl.int64) * 3 * area
+    out_ptr += tl.load(image_ptr + 9) * width + tl.load(image_ptr + 10)
+    if tl.load(image_ptr + 7) == 0:
+        _filter_tile(
+            x_ptr, in_size * lines, in_size, 1, lines, axis_ptr, taps_ptr,
+            out_ptr, area, 1, width, tile, False, True, IS_FLOAT, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    else:
+        _filter_tile(
+            x_ptr, in_size * lines, in_size, 1, lines, axis_ptr, taps_ptr,
+            out_ptr, area, width, 1, tile, False, False, IS_FLOAT, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
 
@@ -413,7 +371,6 @@ def _sample(
 def _cut_kernel(
     canvas_ptr,  # [B, 3, ROWS * CROP_SIZE, COLUMNS * CROP_SIZE] uint8 or float32
     images_ptr,  # [B, IMAGE_FIELDS] int64
-    axes_ptr,  # [axes, AXIS_FIELDS] int64
     out_ptr,  # [B * (ROWS * COLUMNS + 1), VALUES]
     blocks,  # per crop
     scale_0, scale_1, scale_2,  # normalised = canvas * scale + shift
@@ -434,10 +391,10 @@ def _cut_kernel(
     b = (crop // (LOCAL + 1)).to(tl.int64)
     index = crop % (LOCAL + 1)
     image_ptr = images_ptr + b * _IMAGE_FIELDS
-    box_height = tl.load(axes_ptr + tl.load(image_ptr + 4) * _AXIS_FIELDS + 1).to(tl.int32)
-    box_width = tl.load(axes_ptr + tl.load(image_ptr + 5) * _AXIS_FIELDS + 1).to(tl.int32)
-    box_top = tl.load(image_ptr + 7).to(tl.int32)
-    box_left = tl.load(image_ptr + 8).to(tl.int32)
+    box_top = tl.load(image_ptr + 9).to(tl.int32)
+    box_left = tl.load(image_ptr + 10).to(tl.int32)
+    box_height = tl.load(image_ptr + 11).to(tl.int32)
+    box_width = tl.load(image_ptr + 12).to(tl.int32)
 
     offs = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < VALUES
@@ -479,6 +436,7 @@ def _cut_kernel(
     tl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask)
 
 
+
 _TRITON_DTYPES = {
     torch.uint8: tl.uint8,
     torch.float16: tl.float16,
@@ -486,76 +444,6 @@ _TRITON_DTYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
 }
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """The host's table of a call, and the sizes that follow from it."""
-
-    table: Tensor  # int64: images [B, IMAGE_FIELDS], then axes [axes, AXIS_FIELDS]
-    axes: int
-    longest_axis: int
-    taps: int  # int32 values of all axes' taps
-    tiles: int  # of the image that needs most
-
-
-def _plan(
-    images: Sequence[Tensor],
-    canvas: tuple[int, int],
-    interpolation: str,
-    fit: str,
-    tile: tuple[int, int],
-) -> _Plan:
-    """Windows, strides and axes of the images; each distinct (in, out) axis is listed once.
-
-    Image: address of the window's first value, strides along y, x and channel in values, index of
-    the y axis and of the x axis, whether the vertical pass is first, top and left on the canvas.
-    Axis: input size, output size, taps per output, offset of its taps.
-    """
-    is_float = images[0].is_floating_point()
-    axis_index: dict[tuple[int, int], int] = {}
-    axis_rows: list[int] = []
-    image_rows: list[int] = []
-    taps_size = longest = tiles = 0
-    for image in images:
-        if is_float:
-            stride_channel, stride_y, stride_x = image.stride()
-            height, width = image.shape[1:]
-        else:
-            stride_y, stride_x, stride_channel = image.stride()
-            height, width = image.shape[:2]
-        source, target = place(height, width, canvas, fit)
-        indices = []
-        for size in ((source.height, target.height), (source.width, target.width)):
-            if size not in axis_index:
-                axis_index[size] = len(axis_index)
-                taps = most_taps(*size, interpolation)
-                axis_rows += [*size, taps, taps_size]
-                taps_size += size[1] * (taps + 1)
-                longest = max(longest, size[1])
-            indices.append(axis_index[size])
-        first = source.top * stride_y + source.left * stride_x
-        transposed = not is_float and vertical_first(source[2:], target[2:])
-        image_rows += [
-            image.data_ptr() + first * image.element_size(),
-            stride_y,
-            stride_x,
-            stride_channel,
-            *indices,
-            int(transposed),
-            target.top,
-            target.left,
-        ]
-        rows, columns = target[2:] if not transposed else target[:1:-1]
-        tiles = max(tiles, triton.cdiv(rows, tile[0]) * triton.cdiv(columns, tile[1]))
-    table = torch.tensor(image_rows + axis_rows, pin_memory=images[0].is_cuda)
-    return _Plan(table, len(axis_index), longest, taps_size, tiles)
-
-
-def most_taps(in_size: int, out_size: int, interpolation: str) -> int:
-    """No output of an axis reads more pixels than this."""
-    support = FILTER_RADIUS[interpolation] * max(in_size / out_size, 1.0)
-    return 2 * math.ceil(support) + 1
 
 
 def extract_crops_triton(
@@ -572,73 +460,101 @@ def extract_crops_triton(
     """:func:`monkey_kernels.extract_crops` for a non-empty list of checked images."""
     device = images[0].device
     is_float = images[0].is_floating_point()
-    kernel, default = ("resample_float", FLOAT_RESAMPLE) if is_float else ("resample", RESAMPLE)
-    resample = tuning.launch_parameters(kernel, default, device)
+    first, second = (
+        tuning.launch_parameters(name, default, device)
+        for name, default in (FLOAT_PASSES if is_float else UINT8_PASSES).items()
+    )
     cut = tuning.launch_parameters("cut", CUT, device)
 
     rows, columns = grid
     height, width = rows * crop_size, columns * crop_size
-    batch = len(images)
-    crops = batch * (rows * columns + 1)
+    crops = len(images) * (rows * columns + 1)
     if layout == "patches":
         shape: tuple[int, ...] = (crops, (crop_size // PATCH_SIZE) ** 2, PATCH_COLUMNS)
     else:
         shape = (crops, 3, crop_size, crop_size)
     out = torch.empty(shape, dtype=dtype, device=device)
-    canvas_dtype = torch.float32 if is_float else torch.uint8
-    canvas = torch.empty((batch, 3, height, width), dtype=canvas_dtype, device=device)
 
-    tile = (resample.block_rows, resample.block_columns)
-    plan = _plan(images, (height, width), interpolation, fit, tile)
-    table = plan.table.to(device, non_blocking=True)
-    axes = table[batch * IMAGE_FIELDS :]
+    plan = make_plan(
+        images, (height, width), interpolation, fit,
+        (first.block_m, first.block_n), (second.block_m, second.block_n), SCRATCH_BYTES,
+    )  # fmt: skip
+    table = plan.table
+    if device.type == "cuda":  # pinned, so that the copy does not wait for the GPU
+        table = table.pin_memory().to(device, non_blocking=True)
+    image_table = table[: len(images) * IMAGE_FIELDS].view(-1, IMAGE_FIELDS)
+    axes = table[len(images) * IMAGE_FIELDS :]
+    value_dtype = torch.float32 if is_float else torch.uint8
     taps = torch.empty(plan.taps, dtype=torch.int32, device=device)
+    most_scratch = max(group.scratch for group in plan.groups)
+    scratch = torch.empty(most_scratch, dtype=value_dtype, device=device)
+    canvas = torch.empty((len(images), 3, height, width), dtype=value_dtype, device=device)
+
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         _taps_kernel[(triton.cdiv(plan.longest_axis, TAPS_BLOCK[0]), plan.axes)](
-            axes,
-            taps,
-            RADIUS=FILTER_RADIUS[interpolation],
-            IS_FLOAT=is_float,
-            BLOCK_OUT=TAPS_BLOCK[0],
-            BLOCK_TAPS=TAPS_BLOCK[1],
-            num_warps=4,
-            enable_fp_fusion=False,  # Pillow's float64 has no fused multiply-add
-        )
-        _resample_kernel[(batch * plan.tiles,)](
-            table,
-            axes,
-            taps,
-            canvas,
-            height,
-            width,
-            plan.tiles,
-            IMAGE_DTYPE=_TRITON_DTYPES[images[0].dtype],
-            IS_FLOAT=is_float,
-            BLOCK_ROWS=resample.block_rows,
-            BLOCK_COLUMNS=resample.block_columns,
-            STEP_ROWS=resample.step_rows,
-            STEP_COLUMNS=resample.step_columns,
-            num_warps=resample.num_warps,
-            num_stages=resample.num_stages,
-        )
+            axes, taps, FILTER_RADIUS[interpolation], is_float, *TAPS_BLOCK,
+            # Pillow's float64 has no fused multiply-add.
+            num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+        for group in plan.groups:
+            part = slice(group.first, group.first + group.images)
+            _first_pass_kernel[(group.images * group.first_tiles,)](
+                image_table[part], axes, taps, scratch, group.first_tiles,
+                _TRITON_DTYPES[images[0].dtype], **first.launch(),
+            )  # fmt: skip
+            _second_pass_kernel[(group.images * group.second_tiles,)](
+                image_table[part], axes, taps, scratch, canvas[part], height, width,
+                group.second_tiles, **second.launch(),
+            )  # fmt: skip
         full = 1 if is_float else 255
         values = out[0].numel()
         blocks = triton.cdiv(values, cut.block)
         _cut_kernel[(crops * blocks,)](
-            canvas,
-            table,
-            axes,
-            out,
-            blocks,
+            canvas, image_table, out, blocks,
             *[1 / (full * s) for s in std],
             *[-m / s for m, s in zip(mean, std, strict=True)],
-            ROWS=rows,
-            COLUMNS=columns,
-            CROP_SIZE=crop_size,
-            VALUES=values,
-            BICUBIC=interpolation == "bicubic",
-            PATCHES=layout == "patches",
-            BLOCK=cut.block,
-            num_warps=cut.num_warps,
-        )
+            rows, columns, crop_size, values, interpolation == "bicubic", layout == "patches",
+            cut.block, num_warps=cut.num_warps, enable_fp_fusion=True,
+        )  # fmt: skip
     return out
+
+
+def aot_cases() -> list[AotCase]:
+    """Each kernel at Monkey's sizes, in each shipped launch configuration."""
+    cases = []
+
+    def add(name, kernel, signature, constexprs, num_warps, *, dot=False, fuse=True):
+        options = {"enable_fp_fusion": fuse}
+        case = AotCase(name, kernel, signature, constexprs, num_warps, 1, dot, True, options)
+        cases.append(case)
+
+    tables = {"images_ptr": "*i64", "axes_ptr": "*i64", "taps_ptr": "*i32"}
+    for is_float in (False, True):
+        kind, value = ("float", "*fp32") if is_float else ("uint8", "*u8")
+        constexprs = {"RADIUS": 2, "IS_FLOAT": is_float}
+        constexprs |= {"BLOCK_OUT": TAPS_BLOCK[0], "BLOCK_TAPS": TAPS_BLOCK[1]}
+        signature = {"axes_ptr": "*i64", "taps_ptr": "*i32"}
+        add(f"taps {kind}", _taps_kernel, signature, constexprs, 4, fuse=False)
+
+        (first, first_default), (second, second_default) = (
+            FLOAT_PASSES if is_float else UINT8_PASSES
+        ).items()
+        signature = {**tables, "scratch_ptr": value, "tiles": "i32"}
+        dtype = {"IMAGE_DTYPE": tl.float32 if is_float else tl.uint8}
+        for config, p in tuning.shipped(first, first_default).items():
+            name, constexprs = f"{first} {config}", {**dtype, **p.blocks()}
+            add(name, _first_pass_kernel, signature, constexprs, p.num_warps, dot=not is_float)
+        signature = {**signature, "canvas_ptr": value, "height": "i32", "width": "i32"}
+        for config, p in tuning.shipped(second, second_default).items():
+            name = f"{second} {config}"
+            add(name, _second_pass_kernel, signature, p.blocks(), p.num_warps, dot=not is_float)
+
+        signature = {"canvas_ptr": value, "images_ptr": "*i64", "out_ptr": "*bf16", "blocks": "i32"}
+        signature |= {f"{name}_{c}": "fp32" for name in ("scale", "shift") for c in range(3)}
+        for layout, values in (("crops", 3 * 448**2), ("patches", 1024 * PATCH_COLUMNS)):
+            constexprs = {"ROWS": 2, "COLUMNS": 2, "CROP_SIZE": 448, "VALUES": values}
+            constexprs |= {"BICUBIC": True, "PATCHES": layout == "patches"}
+            for config, cut in tuning.shipped("cut", CUT).items():
+                name = f"cut {kind} {layout} {config}"
+                add(name, _cut_kernel, signature, {**constexprs, "BLOCK": cut.block}, cut.num_warps)
+    return cases
