@@ -28,7 +28,7 @@ class FilterParameters:
 
     block_m: int = 64
     block_n: int = 16
-    block_k: int = 64
+    block_k: int = 32
     num_warps: int = 4
 
     def blocks(self) -> dict[str, int]:
@@ -143,8 +143,10 @@ def _multiply(acc, band, x_ptr, mask, M_FAST: tl.constexpr, IS_FLOAT: tl.constex
     if M_FAST:
         x = tl.trans(x)
     if IS_FLOAT:
-        return tl.dot(x.to(tl.float32), band, acc, input_precision="ieee")
-    return tl.dot(x.to(tl.float16), band, acc)
+        acc = tl.dot(x.to(tl.float32), band, acc, input_precision="ieee")
+    else:
+        acc = tl.dot(x.to(tl.float16), band, acc)
+    return acc
 
 
 @triton.jit
