@@ -137,15 +137,62 @@ def _low(weight):
 
 
 @triton.jit
-def _multiply(acc, band, x_ptr, mask, M_FAST: tl.constexpr, IS_FLOAT: tl.constexpr):
-    """``acc`` [BLOCK_M, N] += values at ``x_ptr`` . ``band`` [BLOCK_K, N]."""
-    x = tl.load(x_ptr, mask, other=0)
-    if M_FAST:
-        x = tl.trans(x)
-    if IS_FLOAT:
-        acc = tl.dot(x.to(tl.float32), band, acc, input_precision="ieee")
+def _byte(word, INDEX: tl.constexpr):
+    """Byte ``INDEX`` of uint32 words as fp16: 0x6400 | byte is 1024 + byte, one exact step away."""
+    bits = ((word >> (8 * INDEX)) & 0xFF) | 0x6400
+    return bits.to(tl.uint16).to(tl.float16, bitcast=True) - 1024.0
+
+
+@triton.jit
+def _interleave(x_0, x_1, x_2, x_3):
+    """Four [A, G] tensors as [A, 4 * G], the g-th values of all four next to each other."""
+    x = tl.join(tl.join(x_0, x_2), tl.join(x_1, x_3))
+    return tl.reshape(x, [x_0.shape[0], 4 * x_0.shape[1]])
+
+
+@triton.jit
+def _load_pixels(row_ptr, mask, pixels, GROUPS: tl.constexpr):
+    """``4 * GROUPS`` packed RGB pixels from each ``row_ptr`` [A] on: three fp16 [A, 4 * GROUPS].
+
+    Four pixels are three words, at any byte address: each is cut from two aligned words. Only
+    words that hold a byte of the first ``pixels`` pixels are read, so none crosses into a page
+    that the image has no part in; bytes around those pixels may come along, to no effect.
+    """
+    address = row_ptr.to(tl.int64)
+    skew = (address & 3).to(tl.int32)[:, None]
+    word_ptr = (address & -4).to(tl.pointer_type(tl.uint32))[:, None]
+    index = 3 * tl.arange(0, GROUPS)[None, :]
+    end = tl.where(mask[:, None], 3 * pixels + skew, 0)
+    u_0 = tl.load(word_ptr + index, 4 * index < end, other=0).to(tl.uint64)
+    u_1 = tl.load(word_ptr + index + 1, 4 * index + 4 < end, other=0).to(tl.uint64)
+    u_2 = tl.load(word_ptr + index + 2, 4 * index + 8 < end, other=0).to(tl.uint64)
+    u_3 = tl.load(word_ptr + index + 3, (4 * index + 12 < end) & (skew > 0), other=0).to(tl.uint64)
+    shift = (8 * skew).to(tl.uint64)
+    w_0 = (((u_1 << 32) | u_0) >> shift).to(tl.uint32)  # r0 g0 b0 r1
+    w_1 = (((u_2 << 32) | u_1) >> shift).to(tl.uint32)  # g1 b1 r2 g2
+    w_2 = (((u_3 << 32) | u_2) >> shift).to(tl.uint32)  # b2 r3 g3 b3
+    red = _interleave(_byte(w_0, 0), _byte(w_0, 3), _byte(w_1, 2), _byte(w_2, 1))
+    green = _interleave(_byte(w_0, 1), _byte(w_1, 0), _byte(w_1, 3), _byte(w_2, 2))
+    blue = _interleave(_byte(w_0, 2), _byte(w_1, 1), _byte(w_2, 0), _byte(w_2, 3))
+    return red, green, blue
+
+
+@triton.jit
+def _load_plane(row_ptr, mask, end, GROUPS: tl.constexpr):
+    """``4 * GROUPS`` bytes from each aligned ``row_ptr`` [A] on, as fp16, up to ``end``."""
+    index = tl.arange(0, GROUPS)[None, :]
+    word_ptr = row_ptr.to(tl.pointer_type(tl.uint32), bitcast=True)[:, None] + index
+    word = tl.load(word_ptr, mask[:, None] & (4 * index < end), other=0)
+    return _interleave(_byte(word, 0), _byte(word, 1), _byte(word, 2), _byte(word, 3))
+
+
+@triton.jit
+def _multiply(x, band, acc):
+    """``acc`` + ``x`` . ``band``: on tensor cores in fp16, to full precision in fp32."""
+    if x.dtype == tl.float32:
+        acc = tl.dot(x, band, acc, input_precision="ieee")
     else:
-        acc = tl.dot(x.to(tl.float16), band, acc)
+        acc = tl.dot(x, band, acc)
     return acc
 
 
@@ -169,7 +216,7 @@ def _store(out_ptr, acc, mask, STORE_M_FAST: tl.constexpr, IS_FLOAT: tl.constexp
 
 @triton.jit
 def _filter_tile(
-    x_ptr,  # [3, lines, in] by strides
+    x_ptr,  # [3, lines, in] by strides; packed RGB where SOURCE is "pixels"
     stride_xc,
     stride_xm,
     stride_xk,
@@ -180,10 +227,11 @@ def _filter_tile(
     stride_oc,
     stride_om,
     stride_on,
+    out_lines,  # to write: lines, or more where there is room for them
     tile,
+    SOURCE: tl.constexpr,  # "pixels" (uint8), "planes" (uint8), "float"
     M_FAST: tl.constexpr,  # neighbours in memory are neighbouring lines of x (else of its K)
     STORE_M_FAST: tl.constexpr,
-    IS_FLOAT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -199,7 +247,7 @@ def _filter_tile(
     # The grid is the largest that any image needs.
     if m < lines:
         # Each output of uint8 images twice, next to each other: for the two pieces of its weights.
-        PIECES: tl.constexpr = 1 if IS_FLOAT else 2
+        PIECES: tl.constexpr = 1 if SOURCE == "float" else 2
         offs_n = tl.arange(0, BLOCK_N * PIECES)
         mask_n = n + offs_n // PIECES < out_size
         n_ptr = taps_ptr + (n + offs_n // PIECES) * (taps + 1)
@@ -207,6 +255,9 @@ def _filter_tile(
         last = tl.minimum(n + BLOCK_N, out_size) - 1
         k_start = tl.load(taps_ptr + n * (taps + 1))
         k_end = tl.minimum(tl.load(taps_ptr + last * (taps + 1)) + taps, in_size)
+        if SOURCE == "planes":  # 16-byte loads; rows are padded to that, and weights there are 0
+            k_start = k_start // 16 * 16
+            k_end = tl.cdiv(k_end, 16) * 16
 
         offs_m = m + tl.arange(0, BLOCK_M)
         mask_m = offs_m < lines
@@ -215,38 +266,62 @@ def _filter_tile(
         acc_1, acc_2 = acc_0, acc_0
         for k in range(k_start, k_end, BLOCK_K):
             offs_k = k + tl.arange(0, BLOCK_K)
+            mask_k = offs_k < k_end
+            k_offset = offs_k.to(tl.int64) * stride_xk
+            if SOURCE == "pixels":
+                if M_FAST:
+                    x_0, x_1, x_2 = _load_pixels(
+                        x_ptr + k_offset + m * 3, mask_k, lines - m, BLOCK_M // 4
+                    )
+                    x_0, x_1, x_2 = tl.trans(x_0), tl.trans(x_1), tl.trans(x_2)
+                else:
+                    x_0, x_1, x_2 = _load_pixels(
+                        x_ptr + m_offset + k * 3, mask_m, k_end - k, BLOCK_K // 4
+                    )
+            elif SOURCE == "planes":
+                row_ptr = x_ptr + m_offset + k
+                x_0 = _load_plane(row_ptr, mask_m, k_end - k, BLOCK_K // 4)
+                x_1 = _load_plane(row_ptr + stride_xc, mask_m, k_end - k, BLOCK_K // 4)
+                x_2 = _load_plane(row_ptr + 2 * stride_xc, mask_m, k_end - k, BLOCK_K // 4)
+            else:
+                offset = m_offset[:, None] + k_offset[None, :]
+                mask = mask_m[:, None] & mask_k[None, :]
+                x_0 = tl.load(x_ptr + offset, mask, other=0).to(tl.float32)
+                x_1 = tl.load(x_ptr + stride_xc + offset, mask, other=0).to(tl.float32)
+                x_2 = tl.load(x_ptr + 2 * stride_xc + offset, mask, other=0).to(tl.float32)
+
             tap = offs_k[:, None] - first[None, :]
-            mask = (tap >= 0) & (tap < taps) & mask_n[None, :]
-            weight = tl.load(n_ptr[None, :] + 1 + tap, mask, other=0)
-            if IS_FLOAT:
+            in_band = (tap >= 0) & (tap < taps) & mask_n[None, :]
+            weight = tl.load(n_ptr[None, :] + 1 + tap, in_band, other=0)
+            if SOURCE == "float":
                 band = weight.to(tl.float32, bitcast=True)
             else:
                 is_low = (offs_n % 2 == 1)[None, :]
                 band = tl.where(is_low, _low(weight), _high(weight)).to(tl.float16)
-            k_offset = offs_k.to(tl.int64) * stride_xk
-            mask_k = offs_k < k_end
-            if M_FAST:
-                offset = m_offset[None, :] + k_offset[:, None]
-                mask = mask_m[None, :] & mask_k[:, None]
-            else:
-                offset = m_offset[:, None] + k_offset[None, :]
-                mask = mask_m[:, None] & mask_k[None, :]
-            acc_0 = _multiply(acc_0, band, x_ptr + offset, mask, M_FAST, IS_FLOAT)
-            acc_1 = _multiply(acc_1, band, x_ptr + stride_xc + offset, mask, M_FAST, IS_FLOAT)
-            acc_2 = _multiply(acc_2, band, x_ptr + 2 * stride_xc + offset, mask, M_FAST, IS_FLOAT)
+            acc_0 = _multiply(x_0, band, acc_0)
+            acc_1 = _multiply(x_1, band, acc_1)
+            acc_2 = _multiply(x_2, band, acc_2)
 
         offs_o = n + tl.arange(0, BLOCK_N)
+        mask_o = offs_o < out_size
+        mask_m = offs_m < out_lines
         m_offset = offs_m.to(tl.int64) * stride_om
         o_offset = offs_o.to(tl.int64) * stride_on
         if STORE_M_FAST:
             offset = m_offset[None, :] + o_offset[:, None]
-            mask = mask_m[None, :] & (offs_o < out_size)[:, None]
+            mask = mask_m[None, :] & mask_o[:, None]
         else:
             offset = m_offset[:, None] + o_offset[None, :]
-            mask = mask_m[:, None] & (offs_o < out_size)[None, :]
-        _store(out_ptr + offset, acc_0, mask, STORE_M_FAST, IS_FLOAT)
-        _store(out_ptr + stride_oc + offset, acc_1, mask, STORE_M_FAST, IS_FLOAT)
-        _store(out_ptr + 2 * stride_oc + offset, acc_2, mask, STORE_M_FAST, IS_FLOAT)
+            mask = mask_m[:, None] & mask_o[None, :]
+        _store(out_ptr + offset, acc_0, mask, STORE_M_FAST, SOURCE == "float")
+        _store(out_ptr + stride_oc + offset, acc_1, mask, STORE_M_FAST, SOURCE == "float")
+        _store(out_ptr + 2 * stride_oc + offset, acc_2, mask, STORE_M_FAST, SOURCE == "float")
+
+
+@triton.jit
+def _scratch_stride(lines):
+    """Lines of scratch, padded: rows start at multiples of 16 bytes. As in the plan."""
+    return tl.cdiv(lines, 16) * 16
 
 
 @triton.jit
@@ -254,7 +329,7 @@ def _first_pass_kernel(
     images_ptr,  # [images, IMAGE_FIELDS] int64
     axes_ptr,  # [axes, AXIS_FIELDS] int64
     taps_ptr,  # int32
-    scratch_ptr,  # per image [3, out, lines] uint8, or float32 for float images
+    scratch_ptr,  # per image [3, out, padded lines] uint8, or float32 for float images
     tiles,  # per image
     IMAGE_DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -262,29 +337,27 @@ def _first_pass_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Image to scratch. Grid: (images * tiles,)."""
-    IS_FLOAT: tl.constexpr = IMAGE_DTYPE != tl.uint8
+    SOURCE: tl.constexpr = "pixels" if IMAGE_DTYPE == tl.uint8 else "float"
     image_ptr = images_ptr + tl.program_id(0) // tiles * _IMAGE_FIELDS
     tile = tl.program_id(0) % tiles
     x_ptr = tl.load(image_ptr).to(tl.pointer_type(IMAGE_DTYPE))
     stride_m = tl.load(image_ptr + 1)
     stride_k = tl.load(image_ptr + 2)
+    stride_c = tl.load(image_ptr + 3)
     lines = tl.load(image_ptr + 4).to(tl.int32)
     axis_ptr = axes_ptr + tl.load(image_ptr + 5) * _AXIS_FIELDS
-    plane = tl.load(axis_ptr + 1) * lines
-    out_ptr = scratch_ptr + tl.load(image_ptr + 8)
-    if IS_FLOAT:
-        stride_channel = tl.load(image_ptr + 3)
-    else:
-        stride_channel = 1
+    padded = _scratch_stride(lines)
+    plane = tl.load(axis_ptr + 1) * padded
+    out_ptr = scratch_ptr + tl.multiple_of(tl.load(image_ptr + 8), 16)
     if tl.load(image_ptr + 7) == 0:
         _filter_tile(
-            x_ptr, stride_channel, stride_m, stride_k, lines, axis_ptr, taps_ptr,
-            out_ptr, plane, 1, lines, tile, False, True, IS_FLOAT, BLOCK_M, BLOCK_N, BLOCK_K,
+            x_ptr, stride_c, stride_m, stride_k, lines, axis_ptr, taps_ptr, out_ptr, plane, 1,
+            padded, padded, tile, SOURCE, False, True, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
         _filter_tile(
-            x_ptr, stride_channel, stride_m, stride_k, lines, axis_ptr, taps_ptr,
-            out_ptr, plane, 1, lines, tile, True, True, IS_FLOAT, BLOCK_M, BLOCK_N, BLOCK_K,
+            x_ptr, stride_c, stride_m, stride_k, lines, axis_ptr, taps_ptr, out_ptr, plane, 1,
+            padded, padded, tile, SOURCE, True, True, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
 
@@ -293,7 +366,7 @@ def _second_pass_kernel(
     images_ptr,  # [images, IMAGE_FIELDS] int64
     axes_ptr,  # [axes, AXIS_FIELDS] int64
     taps_ptr,  # int32
-    scratch_ptr,  # per image [3, lines, in] uint8, or float32 for float images
+    scratch_ptr,  # per image [3, lines, padded in] uint8, or float32 for float images
     canvas_ptr,  # [images, 3, height, width], the same type
     height,
     width,
@@ -303,12 +376,12 @@ def _second_pass_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Scratch to canvas. Grid: (images * tiles,)."""
-    IS_FLOAT: tl.constexpr = scratch_ptr.dtype.element_ty != tl.uint8
+    SOURCE: tl.constexpr = "planes" if scratch_ptr.dtype.element_ty == tl.uint8 else "float"
     image = tl.program_id(0) // tiles
     image_ptr = images_ptr + image * _IMAGE_FIELDS
     tile = tl.program_id(0) % tiles
-    x_ptr = scratch_ptr + tl.load(image_ptr + 8)
-    in_size = tl.load(image_ptr + 4)
+    x_ptr = scratch_ptr + tl.multiple_of(tl.load(image_ptr + 8), 16)
+    padded = _scratch_stride(tl.load(image_ptr + 4))
     lines = tl.load(axes_ptr + tl.load(image_ptr + 5) * _AXIS_FIELDS + 1).to(tl.int32)
     axis_ptr = axes_ptr + tl.load(image_ptr + 6) * _AXIS_FIELDS
     area = height.to(tl.int64) * width
@@ -316,13 +389,13 @@ def _second_pass_kernel(
     out_ptr += tl.load(image_ptr + 9) * width + tl.load(image_ptr + 10)
     if tl.load(image_ptr + 7) == 0:
         _filter_tile(
-            x_ptr, in_size * lines, in_size, 1, lines, axis_ptr, taps_ptr,
-            out_ptr, area, 1, width, tile, False, True, IS_FLOAT, BLOCK_M, BLOCK_N, BLOCK_K,
+            x_ptr, padded * lines, padded, 1, lines, axis_ptr, taps_ptr, out_ptr, area, 1,
+            width, lines, tile, SOURCE, False, True, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
         _filter_tile(
-            x_ptr, in_size * lines, in_size, 1, lines, axis_ptr, taps_ptr,
-            out_ptr, area, width, 1, tile, False, False, IS_FLOAT, BLOCK_M, BLOCK_N, BLOCK_K,
+            x_ptr, padded * lines, padded, 1, lines, axis_ptr, taps_ptr, out_ptr, area, width,
+            1, lines, tile, SOURCE, False, False, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
 
@@ -477,6 +550,8 @@ def extract_crops_triton(
         shape = (crops, 3, crop_size, crop_size)
     out = torch.empty(shape, dtype=dtype, device=device)
 
+    if not is_float:  # the kernel reads packed pixels; rows may lie anywhere
+        images = [image if image.stride(1) == 3 else image.contiguous() for image in images]
     plan = make_plan(
         images, (height, width), interpolation, fit,
         (first.block_m, first.block_n), (second.block_m, second.block_n), SCRATCH_BYTES,

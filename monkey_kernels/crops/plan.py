@@ -95,7 +95,7 @@ def make_plan(
                 taps += axis[1] * (axis_taps + 1)
 
         lines = second[0]
-        scratch = 3 * first[1] * lines
+        scratch = 3 * first[1] * -(-lines // 16) * 16  # rows start at multiples of 16 bytes
         if groups[-1].images and groups[-1].scratch + scratch > most_scratch:
             groups.append(Group(index))
         group = groups[-1]
