@@ -60,6 +60,7 @@ _WEIGHT_ONE = tl.constexpr(1 << WEIGHT_BITS)
 _WEIGHT_HALF = tl.constexpr(1 << (WEIGHT_BITS - 1))
 _PIECE_BITS = tl.constexpr(12)  # weight = high * 2**12 + low, both exact in fp16
 _PIECE_HALF = tl.constexpr(1 << 11)
+_FAR = tl.constexpr(1 << 30)
 _PATCH_SIZE = tl.constexpr(PATCH_SIZE)
 _PATCH_COLUMNS = tl.constexpr(PATCH_COLUMNS)
 _IMAGE_FIELDS = tl.constexpr(IMAGE_FIELDS)
@@ -82,13 +83,14 @@ def _filter_value(tap, centre, stretch, end, BICUBIC: tl.constexpr):
 @triton.jit
 def _taps_kernel(
     axes_ptr,  # [axes, AXIS_FIELDS] int64
-    taps_ptr,  # int32: per axis, [out, 1 + taps]: first tap, weights
+    first_ptr,  # int32: per axis [out], the first input that an output reads
+    weights_ptr,  # fp16: per axis [out, 2, taps], high and low pieces; fp32 [out, 1, taps] if IS_FLOAT
     RADIUS: tl.constexpr,
     IS_FLOAT: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_TAPS: tl.constexpr,
 ):
-    """Filter weights of one axis: 22-bit fixed point as Pillow's, or float32 bits."""
+    """Filters of all axes. Grid: (blocks of outputs, axes)."""
     axis_ptr = axes_ptr + tl.program_id(1) * _AXIS_FIELDS
     in_size = tl.load(axis_ptr).to(tl.int32)
     out_size = tl.load(axis_ptr + 1).to(tl.int32)
@@ -96,7 +98,6 @@ def _taps_kernel(
     offs_out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     mask_out = offs_out < out_size
     offs_out = tl.minimum(offs_out, out_size - 1)  # past the end, weights would be 0 / 0
-    row_ptr = taps_ptr + tl.load(axis_ptr + 3) + offs_out.to(tl.int64) * (taps + 1)
 
     # float64, in the reference's order, so that the rounded weights are its own.
     scale = in_size.to(tl.float64) / out_size.to(tl.float64)
@@ -105,35 +106,31 @@ def _taps_kernel(
     centre = (offs_out.to(tl.float64) + 0.5) * scale
     first = tl.maximum(centre - support + 0.5, 0.0).to(tl.int32)
     end = tl.minimum((centre + support + 0.5).to(tl.int32), in_size)
+    tl.store(first_ptr + tl.load(axis_ptr + 3) + offs_out, first, mask_out)
 
     total = tl.zeros([BLOCK_OUT], tl.float64)
     for t in range(0, taps, BLOCK_TAPS):
         tap = first[:, None] + t + tl.arange(0, BLOCK_TAPS)[None, :]
         value = _filter_value(tap, centre[:, None], stretch, end[:, None], RADIUS == 2)
         total += tl.sum(value, 1)
-    tl.store(row_ptr, first, mask_out)
+    PIECES: tl.constexpr = 1 if IS_FLOAT else 2
+    row_ptr = weights_ptr + PIECES * (tl.load(axis_ptr + 4) + offs_out.to(tl.int64) * taps)
     for t in range(0, taps, BLOCK_TAPS):
         offs_t = t + tl.arange(0, BLOCK_TAPS)
+        mask = mask_out[:, None] & (offs_t < taps)[None, :]
         tap = first[:, None] + offs_t[None, :]
         value = _filter_value(tap, centre[:, None], stretch, end[:, None], RADIUS == 2)
         value = value / total[:, None]
+        weight_ptr = row_ptr[:, None] + offs_t[None, :]
         if IS_FLOAT:
-            bits = value.to(tl.float32).to(tl.int32, bitcast=True)
+            tl.store(weight_ptr, value.to(tl.float32), mask)
         else:
             fixed = value * _WEIGHT_ONE
-            bits = (fixed + tl.where(fixed < 0, -0.5, 0.5)).to(tl.int32)
-        mask = mask_out[:, None] & (offs_t < taps)[None, :]
-        tl.store(row_ptr[:, None] + 1 + offs_t[None, :], bits, mask)
-
-
-@triton.jit
-def _high(weight):
-    return (weight + _PIECE_HALF) >> _PIECE_BITS
-
-
-@triton.jit
-def _low(weight):
-    return weight - (_high(weight) << _PIECE_BITS)
+            fixed = (fixed + tl.where(fixed < 0, -0.5, 0.5)).to(tl.int32)
+            high = (fixed + _PIECE_HALF) >> _PIECE_BITS
+            low = fixed - (high << _PIECE_BITS)
+            tl.store(weight_ptr, high.to(tl.float16), mask)
+            tl.store(weight_ptr + taps, low.to(tl.float16), mask)
 
 
 @triton.jit
@@ -222,7 +219,8 @@ def _filter_tile(
     stride_xk,
     lines,
     axis_ptr,
-    taps_ptr,
+    first_ptr,
+    weights_ptr,
     out_ptr,  # [3, lines, out] by strides
     stride_oc,
     stride_om,
@@ -240,7 +238,7 @@ def _filter_tile(
     in_size = tl.load(axis_ptr).to(tl.int32)
     out_size = tl.load(axis_ptr + 1).to(tl.int32)
     taps = tl.load(axis_ptr + 2).to(tl.int32)
-    taps_ptr += tl.load(axis_ptr + 3)
+    first_ptr += tl.load(axis_ptr + 3)
     across = tl.cdiv(out_size, BLOCK_N)
     n = (tile % across) * BLOCK_N
     m = (tile // across) * BLOCK_M
@@ -248,13 +246,13 @@ def _filter_tile(
     if m < lines:
         # Each output of uint8 images twice, next to each other: for the two pieces of its weights.
         PIECES: tl.constexpr = 1 if SOURCE == "float" else 2
-        offs_n = tl.arange(0, BLOCK_N * PIECES)
-        mask_n = n + offs_n // PIECES < out_size
-        n_ptr = taps_ptr + (n + offs_n // PIECES) * (taps + 1)
-        first = tl.load(n_ptr, mask_n, other=0)
-        last = tl.minimum(n + BLOCK_N, out_size) - 1
-        k_start = tl.load(taps_ptr + n * (taps + 1))
-        k_end = tl.minimum(tl.load(taps_ptr + last * (taps + 1)) + taps, in_size)
+        offs_n = n * PIECES + tl.arange(0, BLOCK_N * PIECES)
+        n_ptr = weights_ptr + PIECES * tl.load(axis_ptr + 4) + offs_n.to(tl.int64) * taps
+        # Past the last output, a first tap beyond any input: its weights are 0.
+        first = tl.load(first_ptr + offs_n // PIECES, offs_n // PIECES < out_size, other=_FAR)
+        k_start = tl.load(first_ptr + n)
+        k_end = tl.load(first_ptr + tl.minimum(n + BLOCK_N, out_size) - 1) + taps
+        k_end = tl.minimum(k_end, in_size)
         if SOURCE == "planes":  # 16-byte loads; rows are padded to that, and weights there are 0
             k_start = k_start // 16 * 16
             k_end = tl.cdiv(k_end, 16) * 16
@@ -291,13 +289,9 @@ def _filter_tile(
                 x_2 = tl.load(x_ptr + 2 * stride_xc + offset, mask, other=0).to(tl.float32)
 
             tap = offs_k[:, None] - first[None, :]
-            in_band = (tap >= 0) & (tap < taps) & mask_n[None, :]
-            weight = tl.load(n_ptr[None, :] + 1 + tap, in_band, other=0)
-            if SOURCE == "float":
-                band = weight.to(tl.float32, bitcast=True)
-            else:
-                is_low = (offs_n % 2 == 1)[None, :]
-                band = tl.where(is_low, _low(weight), _high(weight)).to(tl.float16)
+            # One comparison for both ends: below 0 is far above as unsigned.
+            band_ptr = n_ptr[None, :] + tap
+            band = tl.load(band_ptr, tap.to(tl.uint32) < taps.to(tl.uint32), other=0)
             acc_0 = _multiply(x_0, band, acc_0)
             acc_1 = _multiply(x_1, band, acc_1)
             acc_2 = _multiply(x_2, band, acc_2)
@@ -328,7 +322,8 @@ def _scratch_stride(lines):
 def _first_pass_kernel(
     images_ptr,  # [images, IMAGE_FIELDS] int64
     axes_ptr,  # [axes, AXIS_FIELDS] int64
-    taps_ptr,  # int32
+    first_ptr,  # int32
+    weights_ptr,  # fp16, or fp32 for float images
     scratch_ptr,  # per image [3, out, padded lines] uint8, or float32 for float images
     tiles,  # per image
     IMAGE_DTYPE: tl.constexpr,
@@ -351,12 +346,12 @@ def _first_pass_kernel(
     out_ptr = scratch_ptr + tl.multiple_of(tl.load(image_ptr + 8), 16)
     if tl.load(image_ptr + 7) == 0:
         _filter_tile(
-            x_ptr, stride_c, stride_m, stride_k, lines, axis_ptr, taps_ptr, out_ptr, plane, 1,
+            x_ptr, stride_c, stride_m, stride_k, lines, axis_ptr, first_ptr, weights_ptr, out_ptr, plane, 1,
             padded, padded, tile, SOURCE, False, True, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
         _filter_tile(
-            x_ptr, stride_c, stride_m, stride_k, lines, axis_ptr, taps_ptr, out_ptr, plane, 1,
+            x_ptr, stride_c, stride_m, stride_k, lines, axis_ptr, first_ptr, weights_ptr, out_ptr, plane, 1,
             padded, padded, tile, SOURCE, True, True, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
@@ -365,7 +360,8 @@ def _first_pass_kernel(
 def _second_pass_kernel(
     images_ptr,  # [images, IMAGE_FIELDS] int64
     axes_ptr,  # [axes, AXIS_FIELDS] int64
-    taps_ptr,  # int32
+    first_ptr,  # int32
+    weights_ptr,  # fp16, or fp32 for float images
     scratch_ptr,  # per image [3, lines, padded in] uint8, or float32 for float images
     canvas_ptr,  # [images, 3, height, width], the same type
     height,
@@ -389,12 +385,12 @@ def _second_pass_kernel(
     out_ptr += tl.load(image_ptr + 9) * width + tl.load(image_ptr + 10)
     if tl.load(image_ptr + 7) == 0:
         _filter_tile(
-            x_ptr, padded * lines, padded, 1, lines, axis_ptr, taps_ptr, out_ptr, area, 1,
+            x_ptr, padded * lines, padded, 1, lines, axis_ptr, first_ptr, weights_ptr, out_ptr, area, 1,
             width, lines, tile, SOURCE, False, True, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
         _filter_tile(
-            x_ptr, padded * lines, padded, 1, lines, axis_ptr, taps_ptr, out_ptr, area, width,
+            x_ptr, padded * lines, padded, 1, lines, axis_ptr, first_ptr, weights_ptr, out_ptr, area, width,
             1, lines, tile, SOURCE, False, False, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
@@ -562,25 +558,30 @@ def extract_crops_triton(
     image_table = table[: len(images) * IMAGE_FIELDS].view(-1, IMAGE_FIELDS)
     axes = table[len(images) * IMAGE_FIELDS :]
     value_dtype = torch.float32 if is_float else torch.uint8
-    taps = torch.empty(plan.taps, dtype=torch.int32, device=device)
+    firsts = torch.empty(plan.outputs, dtype=torch.int32, device=device)
+    weights = torch.empty(
+        plan.taps * (1 if is_float else 2),
+        dtype=torch.float32 if is_float else torch.float16,
+        device=device,
+    )
     most_scratch = max(group.scratch for group in plan.groups)
     scratch = torch.empty(most_scratch, dtype=value_dtype, device=device)
     canvas = torch.empty((len(images), 3, height, width), dtype=value_dtype, device=device)
 
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         _taps_kernel[(triton.cdiv(plan.longest_axis, TAPS_BLOCK[0]), plan.axes)](
-            axes, taps, FILTER_RADIUS[interpolation], is_float, *TAPS_BLOCK,
+            axes, firsts, weights, FILTER_RADIUS[interpolation], is_float, *TAPS_BLOCK,
             # Pillow's float64 has no fused multiply-add.
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
         for group in plan.groups:
             part = slice(group.first, group.first + group.images)
             _first_pass_kernel[(group.images * group.first_tiles,)](
-                image_table[part], axes, taps, scratch, group.first_tiles,
+                image_table[part], axes, firsts, weights, scratch, group.first_tiles,
                 _TRITON_DTYPES[images[0].dtype], **first.launch(),
             )  # fmt: skip
             _second_pass_kernel[(group.images * group.second_tiles,)](
-                image_table[part], axes, taps, scratch, canvas[part], height, width,
+                image_table[part], axes, firsts, weights, scratch, canvas[part], height, width,
                 group.second_tiles, **second.launch(),
             )  # fmt: skip
         full = 1 if is_float else 255
@@ -605,23 +606,23 @@ def aot_cases() -> list[AotCase]:
         case = AotCase(name, kernel, signature, constexprs, num_warps, 1, dot, True, options)
         cases.append(case)
 
-    tables = {"images_ptr": "*i64", "axes_ptr": "*i64", "taps_ptr": "*i32"}
     for is_float in (False, True):
         kind, value = ("float", "*fp32") if is_float else ("uint8", "*u8")
         constexprs = {"RADIUS": 2, "IS_FLOAT": is_float}
         constexprs |= {"BLOCK_OUT": TAPS_BLOCK[0], "BLOCK_TAPS": TAPS_BLOCK[1]}
-        signature = {"axes_ptr": "*i64", "taps_ptr": "*i32"}
-        add(f"taps {kind}", _taps_kernel, signature, constexprs, 4, fuse=False)
+        weight = "*fp32" if is_float else "*fp16"
+        signature = {"axes_ptr": "*i64", "first_ptr": "*i32", "weights_ptr": weight}
+        add(f"taps {kind}", _taps_kernel, dict(signature), constexprs, 4, fuse=False)
 
         (first, first_default), (second, second_default) = (
             FLOAT_PASSES if is_float else UINT8_PASSES
         ).items()
-        signature = {**tables, "scratch_ptr": value, "tiles": "i32"}
+        signature |= {"images_ptr": "*i64", "scratch_ptr": value, "tiles": "i32"}
         dtype = {"IMAGE_DTYPE": tl.float32 if is_float else tl.uint8}
         for config, p in tuning.shipped(first, first_default).items():
             name, constexprs = f"{first} {config}", {**dtype, **p.blocks()}
             add(name, _first_pass_kernel, signature, constexprs, p.num_warps, dot=not is_float)
-        signature = {**signature, "canvas_ptr": value, "height": "i32", "width": "i32"}
+        signature = signature | {"canvas_ptr": value, "height": "i32", "width": "i32"}
         for config, p in tuning.shipped(second, second_default).items():
             name = f"{second} {config}"
             add(name, _second_pass_kernel, signature, p.blocks(), p.num_warps, dot=not is_float)

@@ -21,8 +21,8 @@ from monkey_kernels.crops.reference import FILTER_RADIUS, place, vertical_first
 # scratch in values; top, left, height and width of the filled part of the canvas; nothing (a row
 # keeps to 16 bytes, as Triton likes its pointers).
 IMAGE_FIELDS = 14
-# Axis: input size, output size, taps per output, offset of its taps.
-AXIS_FIELDS = 4
+# Axis: input size, output size, taps per output, offset of its outputs, of its taps, nothing.
+AXIS_FIELDS = 6
 
 
 @dataclass
@@ -41,7 +41,8 @@ class Plan:
     table: Tensor  # [images, IMAGE_FIELDS], then [axes, AXIS_FIELDS], flat
     axes: int
     longest_axis: int  # outputs
-    taps: int  # int32 values of the taps of all axes
+    outputs: int  # of all axes
+    taps: int  # of all outputs
     groups: list[Group]
 
 
@@ -70,7 +71,7 @@ def make_plan(
     axis_index: dict[tuple[int, int], int] = {}
     axis_rows: list[int] = []
     image_rows: list[int] = []
-    taps = 0
+    outputs = taps = 0
     groups = [Group(0)]
     for index, image in enumerate(images):
         if is_float:
@@ -91,8 +92,9 @@ def make_plan(
             if axis not in axis_index:
                 axis_index[axis] = len(axis_index)
                 axis_taps = most_taps(*axis, interpolation)
-                axis_rows += [*axis, axis_taps, taps]
-                taps += axis[1] * (axis_taps + 1)
+                axis_rows += [*axis, axis_taps, outputs, taps, 0]
+                outputs += axis[1]
+                taps += axis[1] * axis_taps
 
         lines = second[0]
         scratch = 3 * first[1] * -(-lines // 16) * 16  # rows start at multiples of 16 bytes
@@ -106,7 +108,8 @@ def make_plan(
         group.first_tiles = max(group.first_tiles, _tiles(lines, first[1], first_tile))
         group.second_tiles = max(group.second_tiles, _tiles(first[1], second[1], second_tile))
     table = torch.tensor(image_rows + axis_rows, dtype=torch.int64)
-    return Plan(table, len(axis_index), max(out for _, out in axis_index), taps, groups)
+    longest = max(out for _, out in axis_index)
+    return Plan(table, len(axis_index), longest, outputs, taps, groups)
 
 
 def _tiles(lines: int, outputs: int, tile: tuple[int, int]) -> int:
