@@ -26,10 +26,10 @@ from monkey_kernels.crops.reference import (
 class FilterParameters:
     """Tile of one pass, per channel: lines, outputs along the axis, inputs per step."""
 
-    block_m: int = 64
+    block_m: int = 128
     block_n: int = 16
     block_k: int = 32
-    num_warps: int = 4
+    num_warps: int = 8
 
     def blocks(self) -> dict[str, int]:
         return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
@@ -48,8 +48,8 @@ class CutParameters:
 
 UINT8_PASSES = {"first_pass": FilterParameters(), "second_pass": FilterParameters()}
 FLOAT_PASSES = {
-    "first_pass_float": FilterParameters(32, 16, 32),
-    "second_pass_float": FilterParameters(32, 16, 32),
+    "first_pass_float": FilterParameters(32, 16, 32, num_warps=4),
+    "second_pass_float": FilterParameters(32, 16, 32, num_warps=4),
 }
 SCRATCH_BYTES = 16 * 2**20
 CUT = CutParameters()
