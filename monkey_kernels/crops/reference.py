@@ -183,8 +183,12 @@ def _canvas(
         values = values.div_(255).sub_(mean).div_(std)
     else:
         window = image[None, :, rows, columns].to(mean.dtype)
-        values = F.interpolate(window, inner, mode=interpolation, antialias=True)[0]
-        values = (values - mean) / std
+        # On the CPU torch 2.13 takes the vertical pass over a single column in another layout than
+        # it lies in. Transposed, that pass is horizontal, and right.
+        one_column = target.width == 1
+        window, shape = (window.mT, inner[::-1]) if one_column else (window, inner)
+        values = F.interpolate(window, shape, mode=interpolation, antialias=True)[0]
+        values = ((values.mT if one_column else values) - mean) / std
     if inner == size:
         return values
     # The mean colour is 0 once normalised.
