@@ -39,28 +39,37 @@ def launch_parameters(kernel: str, default: Parameters, device: torch.device) ->
     return from_file(CONFIGS / f"{name}.json", kernel, default)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    if not path.exists():
+        return {}
+    try:
+        kernels = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(kernels, dict) or not all(isinstance(v, dict) for v in kernels.values()):
+        raise ValueError(f"{path} must hold an object of objects: {{kernel: {{parameter: int}}}}")
+    return kernels
+
+
 def from_file(path: Path, kernel: str, default: Parameters) -> Parameters:
     """``default`` with the parameters of ``kernel`` in ``path``, if the file is there."""
-    if not path.exists():
+    values = _read(path).get(kernel)
+    if not values:
         return default
-    try:
-        values: dict[str, Any] = json.loads(path.read_text()).get(kernel, {})
-    except (json.JSONDecodeError, AttributeError) as error:
-        raise ValueError(f"{path} must hold a JSON object of kernels: {error}") from error
     known = [field.name for field in dataclasses.fields(default)]
     for name, value in values.items():
         if name not in known:
             raise ValueError(
                 f"{path}: {kernel} has no parameter {name!r}; it takes {', '.join(known)}"
             )
-        # Tile sides, warps: Triton takes powers of two. (Stages that are not are never better here.)
-        if not isinstance(value, int) or value < 1 or value & (value - 1):
+        # Tile sides and warps: Triton takes no others.
+        if type(value) is not int or value < 1 or value & (value - 1):
             raise ValueError(f"{path}: {kernel}.{name} must be a power of two; got {value!r}")
     return dataclasses.replace(default, **values)
 
 
 def shipped(kernel: str, default: Parameters) -> dict[str, Parameters]:
-    """Every set of parameters that can be picked for ``kernel``: by device file, and the default."""
+    """All parameters that can be picked for ``kernel``: the default, and those of device files."""
     files = {path.stem: from_file(path, kernel, default) for path in sorted(CONFIGS.glob("*.json"))}
     return {"default": default, **{n: p for n, p in files.items() if p != default}}

@@ -1,4 +1,28 @@
-"""Triton kernels of ``extract_crops``."""
+"""Triton implementation of ``extract_crops``: launch parameters, launcher, compilation cases.
+
+Four kernels, each over all images of the call, from one table (``plan.py``): filter weights;
+image to scratch and scratch to canvas (``filter_kernel.py``); canvas to crops (``cut_kernel.py``).
+The photo leaves memory once, as bytes. For one 4000x3000 photo and five bf16 crops that is 36 MB of
+the 42 MB that have to move; scratch (8 MB) and canvas (2.4 MB) are uint8 and stay in the L2 cache
+of a large GPU (50 MB on an H100), for which images are taken in groups of at most SCRATCH_BYTES.
+Plain torch writes and reads the photo as float (144 MB) and the canvas several times over.
+
+What was considered:
+
+* One kernel for both passes, with the first pass's tile in registers: no scratch, but it needs the
+  sums of six [64, 16] tiles at once. Compiled for sm_90 it took 218 to 255 registers, and spilled
+  at most tile sizes tried (up to 1240 bytes): too few threads to hide a load. Each of two passes
+  takes 127 registers for 8 warps.
+* The two-dimensional window per output, 300 taps for bicubic at 12 MP against 35: never.
+* A loop over the taps on CUDA cores: loads of single bytes, 13 bytes apart, one per tap and output.
+  The band form loads a byte 1.4 times; its products are 3.5 GFLOP, 4 us of an H100's tensor cores.
+* Weights in one fp16 or tf32 piece: 11 bits, one value in a hundred a level off. Two are exact.
+* Weights made on the host: 0.2 ms an axis, and photos of many sizes have many axes.
+* The global crop from the crops just written: in half precision they are rounded already. The
+  uint8 canvas is exact.
+* Local crops written by the second pass: saves reading 2.4 MB from L2, and costs both layouts and
+  dtypes in the kernel that is short of registers.
+"""
 
 from __future__ import annotations
 
@@ -14,499 +38,50 @@ from torch import Tensor
 
 from monkey_kernels import tuning
 from monkey_kernels.aot import AotCase
-from monkey_kernels.crops.plan import AXIS_FIELDS, IMAGE_FIELDS, make_plan
-from monkey_kernels.crops.reference import (
-    FILTER_RADIUS,
-    PATCH_COLUMNS,
-    PATCH_SIZE,
-    WEIGHT_BITS,
+from monkey_kernels.crops.cut_kernel import cut_kernel
+from monkey_kernels.crops.filter_kernel import (
+    first_pass_kernel,
+    second_pass_kernel,
+    taps_kernel,
 )
+from monkey_kernels.crops.plan import IMAGE_FIELDS, make_plan
+from monkey_kernels.crops.reference import FILTER_RADIUS, PATCH_COLUMNS, PATCH_SIZE
+
 
 @dataclass(frozen=True)
 class FilterParameters:
-    """Tile of one pass, per channel: lines, outputs along the axis, inputs per step."""
+    """Tile of one pass, per channel."""
 
-    block_m: int = 128
-    block_n: int = 16
-    block_k: int = 32
-    num_warps: int = 8
+    block_m: int = 128  # lines: the more, the more often a step's weights are used
+    block_n: int = 16  # outputs along the axis: the fewer, the fewer zeros in the band
+    block_k: int = 32  # inputs per step: 3 steps at 12 MP bilinear, 82 inputs wide
+    num_warps: int = 8  # two programs of 127 registers fit on an H100's multiprocessor
 
     def blocks(self) -> dict[str, int]:
         return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
 
     def launch(self) -> dict[str, Any]:
-        # Nothing to pipeline: loads of single bytes cannot be asynchronous copies.
+        # One stage: words of unknown alignment are unpacked in registers, there is nothing to
+        # copy ahead asynchronously.
         options = {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": True}
         return {**self.blocks(), **options}
 
 
 @dataclass(frozen=True)
 class CutParameters:
-    block: int = 512
+    block: int = 512  # output values: 4 a thread, with 16 taps each for the bicubic global crop
     num_warps: int = 4
 
 
 UINT8_PASSES = {"first_pass": FilterParameters(), "second_pass": FilterParameters()}
+# fp32 products run on CUDA cores, with both operands in registers: smaller tiles.
 FLOAT_PASSES = {
     "first_pass_float": FilterParameters(32, 16, 32, num_warps=4),
     "second_pass_float": FilterParameters(32, 16, 32, num_warps=4),
 }
-SCRATCH_BYTES = 16 * 2**20
 CUT = CutParameters()
 TAPS_BLOCK = (16, 32)  # outputs, taps: most shrinks' taps in one step
-
-_WEIGHT_BITS = tl.constexpr(WEIGHT_BITS)
-_WEIGHT_ONE = tl.constexpr(1 << WEIGHT_BITS)
-_WEIGHT_HALF = tl.constexpr(1 << (WEIGHT_BITS - 1))
-_PIECE_BITS = tl.constexpr(12)  # weight = high * 2**12 + low, both exact in fp16
-_PIECE_HALF = tl.constexpr(1 << 11)
-_FAR = tl.constexpr(1 << 30)
-_PATCH_SIZE = tl.constexpr(PATCH_SIZE)
-_PATCH_COLUMNS = tl.constexpr(PATCH_COLUMNS)
-_IMAGE_FIELDS = tl.constexpr(IMAGE_FIELDS)
-_AXIS_FIELDS = tl.constexpr(AXIS_FIELDS)
-
-
-@triton.jit
-def _filter_value(tap, centre, stretch, end, BICUBIC: tl.constexpr):
-    """The antialiasing filter at pixel ``tap``, before normalisation; 0 from ``end`` on."""
-    distance = tl.abs((tap.to(tl.float64) - centre + 0.5) / stretch)
-    if BICUBIC:
-        near = (1.5 * distance - 2.5) * distance * distance + 1.0
-        far = ((-0.5 * distance + 2.5) * distance - 4.0) * distance + 2.0
-        value = tl.where(distance < 1.0, near, tl.where(distance < 2.0, far, 0.0))
-    else:
-        value = tl.maximum(1.0 - distance, 0.0)
-    return tl.where(tap < end, value, 0.0)
-
-
-@triton.jit
-def _taps_kernel(
-    axes_ptr,  # [axes, AXIS_FIELDS] int64
-    first_ptr,  # int32: per axis [out], the first input that an output reads
-    weights_ptr,  # fp16: per axis [out, 2, taps], high and low pieces; fp32 [out, 1, taps] if IS_FLOAT
-    RADIUS: tl.constexpr,
-    IS_FLOAT: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    BLOCK_TAPS: tl.constexpr,
-):
-    """Filters of all axes. Grid: (blocks of outputs, axes)."""
-    axis_ptr = axes_ptr + tl.program_id(1) * _AXIS_FIELDS
-    in_size = tl.load(axis_ptr).to(tl.int32)
-    out_size = tl.load(axis_ptr + 1).to(tl.int32)
-    taps = tl.load(axis_ptr + 2).to(tl.int32)
-    offs_out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    mask_out = offs_out < out_size
-    offs_out = tl.minimum(offs_out, out_size - 1)  # past the end, weights would be 0 / 0
-
-    # float64, in the reference's order, so that the rounded weights are its own.
-    scale = in_size.to(tl.float64) / out_size.to(tl.float64)
-    stretch = tl.maximum(scale, 1.0)
-    support = RADIUS * stretch
-    centre = (offs_out.to(tl.float64) + 0.5) * scale
-    first = tl.maximum(centre - support + 0.5, 0.0).to(tl.int32)
-    end = tl.minimum((centre + support + 0.5).to(tl.int32), in_size)
-    tl.store(first_ptr + tl.load(axis_ptr + 3) + offs_out, first, mask_out)
-
-    total = tl.zeros([BLOCK_OUT], tl.float64)
-    for t in range(0, taps, BLOCK_TAPS):
-        tap = first[:, None] + t + tl.arange(0, BLOCK_TAPS)[None, :]
-        value = _filter_value(tap, centre[:, None], stretch, end[:, None], RADIUS == 2)
-        total += tl.sum(value, 1)
-    PIECES: tl.constexpr = 1 if IS_FLOAT else 2
-    row_ptr = weights_ptr + PIECES * (tl.load(axis_ptr + 4) + offs_out.to(tl.int64) * taps)
-    for t in range(0, taps, BLOCK_TAPS):
-        offs_t = t + tl.arange(0, BLOCK_TAPS)
-        mask = mask_out[:, None] & (offs_t < taps)[None, :]
-        tap = first[:, None] + offs_t[None, :]
-        value = _filter_value(tap, centre[:, None], stretch, end[:, None], RADIUS == 2)
-        value = value / total[:, None]
-        weight_ptr = row_ptr[:, None] + offs_t[None, :]
-        if IS_FLOAT:
-            tl.store(weight_ptr, value.to(tl.float32), mask)
-        else:
-            fixed = value * _WEIGHT_ONE
-            fixed = (fixed + tl.where(fixed < 0, -0.5, 0.5)).to(tl.int32)
-            high = (fixed + _PIECE_HALF) >> _PIECE_BITS
-            low = fixed - (high << _PIECE_BITS)
-            tl.store(weight_ptr, high.to(tl.float16), mask)
-            tl.store(weight_ptr + taps, low.to(tl.float16), mask)
-
-
-@triton.jit
-def _byte(word, INDEX: tl.constexpr):
-    """Byte ``INDEX`` of uint32 words as fp16: 0x6400 | byte is 1024 + byte, one exact step away."""
-    bits = ((word >> (8 * INDEX)) & 0xFF) | 0x6400
-    return bits.to(tl.uint16).to(tl.float16, bitcast=True) - 1024.0
-
-
-@triton.jit
-def _interleave(x_0, x_1, x_2, x_3):
-    """Four [A, G] tensors as [A, 4 * G], the g-th values of all four next to each other."""
-    x = tl.join(tl.join(x_0, x_2), tl.join(x_1, x_3))
-    return tl.reshape(x, [x_0.shape[0], 4 * x_0.shape[1]])
-
-
-@triton.jit
-def _load_pixels(row_ptr, mask, pixels, GROUPS: tl.constexpr):
-    """``4 * GROUPS`` packed RGB pixels from each ``row_ptr`` [A] on: three fp16 [A, 4 * GROUPS].
-
-    Four pixels are three words, at any byte address: each is cut from two aligned words. Only
-    words that hold a byte of the first ``pixels`` pixels are read, so none crosses into a page
-    that the image has no part in; bytes around those pixels may come along, to no effect.
-    """
-    address = row_ptr.to(tl.int64)
-    skew = (address & 3).to(tl.int32)[:, None]
-    word_ptr = (address & -4).to(tl.pointer_type(tl.uint32))[:, None]
-    index = 3 * tl.arange(0, GROUPS)[None, :]
-    end = tl.where(mask[:, None], 3 * pixels + skew, 0)
-    u_0 = tl.load(word_ptr + index, 4 * index < end, other=0).to(tl.uint64)
-    u_1 = tl.load(word_ptr + index + 1, 4 * index + 4 < end, other=0).to(tl.uint64)
-    u_2 = tl.load(word_ptr + index + 2, 4 * index + 8 < end, other=0).to(tl.uint64)
-    u_3 = tl.load(word_ptr + index + 3, (4 * index + 12 < end) & (skew > 0), other=0).to(tl.uint64)
-    shift = (8 * skew).to(tl.uint64)
-    w_0 = (((u_1 << 32) | u_0) >> shift).to(tl.uint32)  # r0 g0 b0 r1
-    w_1 = (((u_2 << 32) | u_1) >> shift).to(tl.uint32)  # g1 b1 r2 g2
-    w_2 = (((u_3 << 32) | u_2) >> shift).to(tl.uint32)  # b2 r3 g3 b3
-    red = _interleave(_byte(w_0, 0), _byte(w_0, 3), _byte(w_1, 2), _byte(w_2, 1))
-    green = _interleave(_byte(w_0, 1), _byte(w_1, 0), _byte(w_1, 3), _byte(w_2, 2))
-    blue = _interleave(_byte(w_0, 2), _byte(w_1, 1), _byte(w_2, 0), _byte(w_2, 3))
-    return red, green, blue
-
-
-@triton.jit
-def _load_plane(row_ptr, mask, end, GROUPS: tl.constexpr):
-    """``4 * GROUPS`` bytes from each aligned ``row_ptr`` [A] on, as fp16, up to ``end``."""
-    index = tl.arange(0, GROUPS)[None, :]
-    word_ptr = row_ptr.to(tl.pointer_type(tl.uint32), bitcast=True)[:, None] + index
-    word = tl.load(word_ptr, mask[:, None] & (4 * index < end), other=0)
-    return _interleave(_byte(word, 0), _byte(word, 1), _byte(word, 2), _byte(word, 3))
-
-
-@triton.jit
-def _multiply(x, band, acc):
-    """``acc`` + ``x`` . ``band``: on tensor cores in fp16, to full precision in fp32."""
-    if x.dtype == tl.float32:
-        acc = tl.dot(x, band, acc, input_precision="ieee")
-    else:
-        acc = tl.dot(x, band, acc)
-    return acc
-
-
-@triton.jit
-def _store(out_ptr, acc, mask, STORE_M_FAST: tl.constexpr, IS_FLOAT: tl.constexpr):
-    """Store sums [BLOCK_M, N]; for uint8, the rounded and clamped sums of both weight pieces."""
-    if IS_FLOAT:
-        value = acc
-    else:
-        BLOCK_M: tl.constexpr = acc.shape[0]
-        BLOCK_N: tl.constexpr = acc.shape[1] // 2
-        high, low = tl.split(tl.reshape(acc, [BLOCK_M, BLOCK_N, 2]))
-        # Both sums are whole numbers below 2**24, so from here it is Pillow's integer arithmetic.
-        value = (high.to(tl.int32) << _PIECE_BITS) + low.to(tl.int32)
-        value = (value + _WEIGHT_HALF) >> _WEIGHT_BITS
-        value = tl.minimum(tl.maximum(value, 0), 255).to(tl.uint8)
-    if STORE_M_FAST:
-        value = tl.trans(value)
-    tl.store(out_ptr, value, mask)
-
-
-@triton.jit
-def _filter_tile(
-    x_ptr,  # [3, lines, in] by strides; packed RGB where SOURCE is "pixels"
-    stride_xc,
-    stride_xm,
-    stride_xk,
-    lines,
-    axis_ptr,
-    first_ptr,
-    weights_ptr,
-    out_ptr,  # [3, lines, out] by strides
-    stride_oc,
-    stride_om,
-    stride_on,
-    out_lines,  # to write: lines, or more where there is room for them
-    tile,
-    SOURCE: tl.constexpr,  # "pixels" (uint8), "planes" (uint8), "float"
-    M_FAST: tl.constexpr,  # neighbours in memory are neighbouring lines of x (else of its K)
-    STORE_M_FAST: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """One tile [BLOCK_M, BLOCK_N] of each channel of x . W^T, W the banded filter of one axis."""
-    in_size = tl.load(axis_ptr).to(tl.int32)
-    out_size = tl.load(axis_ptr + 1).to(tl.int32)
-    taps = tl.load(axis_ptr + 2).to(tl.int32)
-    first_ptr += tl.load(axis_ptr + 3)
-    across = tl.cdiv(out_size, BLOCK_N)
-    n = (tile % across) * BLOCK_N
-    m = (tile // across) * BLOCK_M
-    # The grid is the largest that any image needs.
-    if m < lines:
-        # Each output of uint8 images twice, next to each other: for the two pieces of its weights.
-        PIECES: tl.constexpr = 1 if SOURCE == "float" else 2
-        offs_n = n * PIECES + tl.arange(0, BLOCK_N * PIECES)
-        n_ptr = weights_ptr + PIECES * tl.load(axis_ptr + 4) + offs_n.to(tl.int64) * taps
-        # Past the last output, a first tap beyond any input: its weights are 0.
-        first = tl.load(first_ptr + offs_n // PIECES, offs_n // PIECES < out_size, other=_FAR)
-        k_start = tl.load(first_ptr + n)
-        k_end = tl.load(first_ptr + tl.minimum(n + BLOCK_N, out_size) - 1) + taps
-        k_end = tl.minimum(k_end, in_size)
-        if SOURCE == "planes":  # 16-byte loads; rows are padded to that, and weights there are 0
-            k_start = k_start // 16 * 16
-            k_end = tl.cdiv(k_end, 16) * 16
-
-        offs_m = m + tl.arange(0, BLOCK_M)
-        mask_m = offs_m < lines
-        m_offset = offs_m.to(tl.int64) * stride_xm
-        acc_0 = tl.zeros([BLOCK_M, BLOCK_N * PIECES], tl.float32)
-        acc_1, acc_2 = acc_0, acc_0
-        for k in range(k_start, k_end, BLOCK_K):
-            offs_k = k + tl.arange(0, BLOCK_K)
-            mask_k = offs_k < k_end
-            k_offset = offs_k.to(tl.int64) * stride_xk
-            if SOURCE == "pixels":
-                if M_FAST:
-                    x_0, x_1, x_2 = _load_pixels(
-                        x_ptr + k_offset + m * 3, mask_k, lines - m, BLOCK_M // 4
-                    )
-                    x_0, x_1, x_2 = tl.trans(x_0), tl.trans(x_1), tl.trans(x_2)
-                else:
-                    x_0, x_1, x_2 = _load_pixels(
-                        x_ptr + m_offset + k * 3, mask_m, k_end - k, BLOCK_K // 4
-                    )
-            elif SOURCE == "planes":
-                row_ptr = x_ptr + m_offset + k
-                x_0 = _load_plane(row_ptr, mask_m, k_end - k, BLOCK_K // 4)
-                x_1 = _load_plane(row_ptr + stride_xc, mask_m, k_end - k, BLOCK_K // 4)
-                x_2 = _load_plane(row_ptr + 2 * stride_xc, mask_m, k_end - k, BLOCK_K // 4)
-            else:
-                offset = m_offset[:, None] + k_offset[None, :]
-                mask = mask_m[:, None] & mask_k[None, :]
-                x_0 = tl.load(x_ptr + offset, mask, other=0).to(tl.float32)
-                x_1 = tl.load(x_ptr + stride_xc + offset, mask, other=0).to(tl.float32)
-                x_2 = tl.load(x_ptr + 2 * stride_xc + offset, mask, other=0).to(tl.float32)
-
-            tap = offs_k[:, None] - first[None, :]
-            # One comparison for both ends: below 0 is far above as unsigned.
-            band_ptr = n_ptr[None, :] + tap
-            band = tl.load(band_ptr, tap.to(tl.uint32) < taps.to(tl.uint32), other=0)
-            acc_0 = _multiply(x_0, band, acc_0)
-            acc_1 = _multiply(x_1, band, acc_1)
-            acc_2 = _multiply(x_2, band, acc_2)
-
-        offs_o = n + tl.arange(0, BLOCK_N)
-        mask_o = offs_o < out_size
-        mask_m = offs_m < out_lines
-        m_offset = offs_m.to(tl.int64) * stride_om
-        o_offset = offs_o.to(tl.int64) * stride_on
-        if STORE_M_FAST:
-            offset = m_offset[None, :] + o_offset[:, None]
-            mask = mask_m[None, :] & mask_o[:, None]
-        else:
-            offset = m_offset[:, None] + o_offset[None, :]
-            mask = mask_m[:, None] & mask_o[None, :]
-        _store(out_ptr + offset, acc_0, mask, STORE_M_FAST, SOURCE == "float")
-        _store(out_ptr + stride_oc + offset, acc_1, mask, STORE_M_FAST, SOURCE == "float")
-        _store(out_ptr + 2 * stride_oc + offset, acc_2, mask, STORE_M_FAST, SOURCE == "float")
-
-
-@triton.jit
-def _scratch_stride(lines):
-    """Lines of scratch, padded: rows start at multiples of 16 bytes. As in the plan."""
-    return tl.cdiv(lines, 16) * 16
-
-
-@triton.jit
-def _first_pass_kernel(
-    images_ptr,  # [images, IMAGE_FIELDS] int64
-    axes_ptr,  # [axes, AXIS_FIELDS] int64
-    first_ptr,  # int32
-    weights_ptr,  # fp16, or fp32 for float images
-    scratch_ptr,  # per image [3, out, padded lines] uint8, or float32 for float images
-    tiles,  # per image
-    IMAGE_DTYPE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Image to scratch. Grid: (images * tiles,)."""
-    SOURCE: tl.constexpr = "pixels" if IMAGE_DTYPE == tl.uint8 else "float"
-    image_ptr = images_ptr + tl.program_id(0) // tiles * _IMAGE_FIELDS
-    tile = tl.program_id(0) % tiles
-    x_ptr = tl.load(image_ptr).to(tl.pointer_type(IMAGE_DTYPE))
-    stride_m = tl.load(image_ptr + 1)
-    stride_k = tl.load(image_ptr + 2)
-    stride_c = tl.load(image_ptr + 3)
-    lines = tl.load(image_ptr + 4).to(tl.int32)
-    axis_ptr = axes_ptr + tl.load(image_ptr + 5) * _AXIS_FIELDS
-    padded = _scratch_stride(lines)
-    plane = tl.load(axis_ptr + 1) * padded
-    out_ptr = scratch_ptr + tl.multiple_of(tl.load(image_ptr + 8), 16)
-    if tl.load(image_ptr + 7) == 0:
-        _filter_tile(
-            x_ptr, stride_c, stride_m, stride_k, lines, axis_ptr, first_ptr, weights_ptr, out_ptr, plane, 1,
-            padded, padded, tile, SOURCE, False, True, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-    else:
-        _filter_tile(
-            x_ptr, stride_c, stride_m, stride_k, lines, axis_ptr, first_ptr, weights_ptr, out_ptr, plane, 1,
-            padded, padded, tile, SOURCE, True, True, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-
-
-@triton.jit
-def _second_pass_kernel(
-    images_ptr,  # [images, IMAGE_FIELDS] int64
-    axes_ptr,  # [axes, AXIS_FIELDS] int64
-    first_ptr,  # int32
-    weights_ptr,  # fp16, or fp32 for float images
-    scratch_ptr,  # per image [3, lines, padded in] uint8, or float32 for float images
-    canvas_ptr,  # [images, 3, height, width], the same type
-    height,
-    width,
-    tiles,  # per image
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Scratch to canvas. Grid: (images * tiles,)."""
-    SOURCE: tl.constexpr = "planes" if scratch_ptr.dtype.element_ty == tl.uint8 else "float"
-    image = tl.program_id(0) // tiles
-    image_ptr = images_ptr + image * _IMAGE_FIELDS
-    tile = tl.program_id(0) % tiles
-    x_ptr = scratch_ptr + tl.multiple_of(tl.load(image_ptr + 8), 16)
-    padded = _scratch_stride(tl.load(image_ptr + 4))
-    lines = tl.load(axes_ptr + tl.load(image_ptr + 5) * _AXIS_FIELDS + 1).to(tl.int32)
-    axis_ptr = axes_ptr + tl.load(image_ptr + 6) * _AXIS_FIELDS
-    area = height.to(tl.int64) * width
-    out_ptr = canvas_ptr + image.to(tl.int64) * 3 * area
-    out_ptr += tl.load(image_ptr + 9) * width + tl.load(image_ptr + 10)
-    if tl.load(image_ptr + 7) == 0:
-        _filter_tile(
-            x_ptr, padded * lines, padded, 1, lines, axis_ptr, first_ptr, weights_ptr, out_ptr, area, 1,
-            width, lines, tile, SOURCE, False, True, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-    else:
-        _filter_tile(
-            x_ptr, padded * lines, padded, 1, lines, axis_ptr, first_ptr, weights_ptr, out_ptr, area, width,
-            1, lines, tile, SOURCE, False, False, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-
-
-@triton.jit
-def _global_weight(TAP: tl.constexpr, TAPS: tl.constexpr):
-    """Weight of tap ``TAP``: the fraction is 1/2 where 2 or 4 taps are needed, 0 where 1 is."""
-    if TAPS == 1:
-        weight: tl.constexpr = 1.0
-    elif TAPS == 2:
-        weight: tl.constexpr = 0.5
-    else:
-        weight: tl.constexpr = 0.59375 if TAP == 1 or TAP == 2 else -0.09375
-    return weight
-
-
-@triton.jit
-def _sample(
-    plane_ptr,  # [block]: the canvas's channel of each output value
-    y,  # [block]: row of the first tap
-    x,
-    box_top,
-    box_left,
-    box_height,
-    box_width,
-    canvas_height,
-    canvas_width,
-    mask,
-    TAPS_Y: tl.constexpr,
-    TAPS_X: tl.constexpr,
-):
-    """Weighted sum of canvas values, and the weight that lay inside the filled box."""
-    value = tl.zeros(y.shape, tl.float32)
-    inside = tl.zeros(y.shape, tl.float32)
-    for i in tl.static_range(TAPS_Y):
-        row = tl.minimum(tl.maximum(y + i, 0), canvas_height - 1)
-        for j in tl.static_range(TAPS_X):
-            col = tl.minimum(tl.maximum(x + j, 0), canvas_width - 1)
-            live = mask & (row >= box_top) & (row < box_top + box_height)
-            live = live & (col >= box_left) & (col < box_left + box_width)
-            tap = tl.load(plane_ptr + row.to(tl.int64) * canvas_width + col, live, other=0)
-            weight = _global_weight(i, TAPS_Y) * _global_weight(j, TAPS_X)
-            value += weight * tap.to(tl.float32)
-            inside += tl.where(live, weight, 0.0)
-    return value, inside
-
-
-@triton.jit
-def _cut_kernel(
-    canvas_ptr,  # [B, 3, ROWS * CROP_SIZE, COLUMNS * CROP_SIZE] uint8 or float32
-    images_ptr,  # [B, IMAGE_FIELDS] int64
-    out_ptr,  # [B * (ROWS * COLUMNS + 1), VALUES]
-    blocks,  # per crop
-    scale_0, scale_1, scale_2,  # normalised = canvas * scale + shift
-    shift_0, shift_1, shift_2,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CROP_SIZE: tl.constexpr,
-    VALUES: tl.constexpr,  # of a crop
-    BICUBIC: tl.constexpr,
-    PATCHES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Stages 2 and 3, canvas to normalised local crops and global crop. Grid: (crops * blocks,)."""
-    LOCAL: tl.constexpr = ROWS * COLUMNS
-    HEIGHT: tl.constexpr = ROWS * CROP_SIZE
-    WIDTH: tl.constexpr = COLUMNS * CROP_SIZE
-    crop = tl.program_id(0) // blocks
-    b = (crop // (LOCAL + 1)).to(tl.int64)
-    index = crop % (LOCAL + 1)
-    image_ptr = images_ptr + b * _IMAGE_FIELDS
-    box_top = tl.load(image_ptr + 9).to(tl.int32)
-    box_left = tl.load(image_ptr + 10).to(tl.int32)
-    box_height = tl.load(image_ptr + 11).to(tl.int32)
-    box_width = tl.load(image_ptr + 12).to(tl.int32)
-
-    offs = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < VALUES
-    if PATCHES:  # [patch row, patch column, (channel, y, x)]
-        AREA: tl.constexpr = _PATCH_SIZE * _PATCH_SIZE
-        ACROSS: tl.constexpr = CROP_SIZE // _PATCH_SIZE
-        patch = offs // _PATCH_COLUMNS
-        within = offs % _PATCH_COLUMNS
-        channel = within // AREA
-        y = (patch // ACROSS) * _PATCH_SIZE + within % AREA // _PATCH_SIZE
-        x = (patch % ACROSS) * _PATCH_SIZE + within % _PATCH_SIZE
-        live = mask & (channel < 3)
-    else:  # [channel, y, x]
-        channel = offs // (CROP_SIZE * CROP_SIZE)
-        y = offs // CROP_SIZE % CROP_SIZE
-        x = offs % CROP_SIZE
-        live = mask
-    plane_ptr = canvas_ptr + (b * 3 + channel) * HEIGHT * WIDTH
-    if index < LOCAL:
-        value, inside = _sample(
-            plane_ptr, y + (index // COLUMNS) * CROP_SIZE, x + (index % COLUMNS) * CROP_SIZE,
-            box_top, box_left, box_height, box_width, HEIGHT, WIDTH, live, 1, 1,
-        )  # fmt: skip
-    else:
-        # Output centres lie at (y + 1/2) * ROWS - 1/2: on a pixel, or halfway between two.
-        EVEN_TAPS: tl.constexpr = 4 if BICUBIC else 2
-        TAPS_Y: tl.constexpr = 1 if ROWS % 2 else EVEN_TAPS
-        TAPS_X: tl.constexpr = 1 if COLUMNS % 2 else EVEN_TAPS
-        FIRST_Y: tl.constexpr = ROWS // 2 - TAPS_Y // 2
-        FIRST_X: tl.constexpr = COLUMNS // 2 - TAPS_X // 2
-        value, inside = _sample(
-            plane_ptr, y * ROWS + FIRST_Y, x * COLUMNS + FIRST_X,
-            box_top, box_left, box_height, box_width, HEIGHT, WIDTH, live, TAPS_Y, TAPS_X,
-        )  # fmt: skip
-    scale = tl.where(channel == 0, scale_0, tl.where(channel == 1, scale_1, scale_2))
-    shift = tl.where(channel == 0, shift_0, tl.where(channel == 1, shift_1, shift_2))
-    out = value * scale + inside * shift
-    out_ptr += crop.to(tl.int64) * VALUES
-    tl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask)
-
-
+SCRATCH_BYTES = 16 * 2**20  # two 12 MP photos: leaves an H100's L2 room for the photos passing by
 
 _TRITON_DTYPES = {
     torch.uint8: tl.uint8,
@@ -569,25 +144,25 @@ def extract_crops_triton(
     canvas = torch.empty((len(images), 3, height, width), dtype=value_dtype, device=device)
 
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        _taps_kernel[(triton.cdiv(plan.longest_axis, TAPS_BLOCK[0]), plan.axes)](
+        taps_kernel[(triton.cdiv(plan.longest_axis, TAPS_BLOCK[0]), plan.axes)](
             axes, firsts, weights, FILTER_RADIUS[interpolation], is_float, *TAPS_BLOCK,
             # Pillow's float64 has no fused multiply-add.
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
         for group in plan.groups:
             part = slice(group.first, group.first + group.images)
-            _first_pass_kernel[(group.images * group.first_tiles,)](
+            first_pass_kernel[(group.images * group.first_tiles,)](
                 image_table[part], axes, firsts, weights, scratch, group.first_tiles,
                 _TRITON_DTYPES[images[0].dtype], **first.launch(),
             )  # fmt: skip
-            _second_pass_kernel[(group.images * group.second_tiles,)](
+            second_pass_kernel[(group.images * group.second_tiles,)](
                 image_table[part], axes, firsts, weights, scratch, canvas[part], height, width,
                 group.second_tiles, **second.launch(),
             )  # fmt: skip
         full = 1 if is_float else 255
         values = out[0].numel()
         blocks = triton.cdiv(values, cut.block)
-        _cut_kernel[(crops * blocks,)](
+        cut_kernel[(crops * blocks,)](
             canvas, image_table, out, blocks,
             *[1 / (full * s) for s in std],
             *[-m / s for m, s in zip(mean, std, strict=True)],
@@ -612,7 +187,7 @@ def aot_cases() -> list[AotCase]:
         constexprs |= {"BLOCK_OUT": TAPS_BLOCK[0], "BLOCK_TAPS": TAPS_BLOCK[1]}
         weight = "*fp32" if is_float else "*fp16"
         signature = {"axes_ptr": "*i64", "first_ptr": "*i32", "weights_ptr": weight}
-        add(f"taps {kind}", _taps_kernel, dict(signature), constexprs, 4, fuse=False)
+        add(f"taps {kind}", taps_kernel, dict(signature), constexprs, 4, fuse=False)
 
         (first, first_default), (second, second_default) = (
             FLOAT_PASSES if is_float else UINT8_PASSES
@@ -621,11 +196,11 @@ def aot_cases() -> list[AotCase]:
         dtype = {"IMAGE_DTYPE": tl.float32 if is_float else tl.uint8}
         for config, p in tuning.shipped(first, first_default).items():
             name, constexprs = f"{first} {config}", {**dtype, **p.blocks()}
-            add(name, _first_pass_kernel, signature, constexprs, p.num_warps, dot=not is_float)
+            add(name, first_pass_kernel, signature, constexprs, p.num_warps, dot=not is_float)
         signature = signature | {"canvas_ptr": value, "height": "i32", "width": "i32"}
         for config, p in tuning.shipped(second, second_default).items():
             name = f"{second} {config}"
-            add(name, _second_pass_kernel, signature, p.blocks(), p.num_warps, dot=not is_float)
+            add(name, second_pass_kernel, signature, p.blocks(), p.num_warps, dot=not is_float)
 
         signature = {"canvas_ptr": value, "images_ptr": "*i64", "out_ptr": "*bf16", "blocks": "i32"}
         signature |= {f"{name}_{c}": "fp32" for name in ("scale", "shift") for c in range(3)}
@@ -634,5 +209,5 @@ def aot_cases() -> list[AotCase]:
             constexprs |= {"BICUBIC": True, "PATCHES": layout == "patches"}
             for config, cut in tuning.shipped("cut", CUT).items():
                 name = f"cut {kind} {layout} {config}"
-                add(name, _cut_kernel, signature, {**constexprs, "BLOCK": cut.block}, cut.num_warps)
+                add(name, cut_kernel, signature, {**constexprs, "BLOCK": cut.block}, cut.num_warps)
     return cases

@@ -236,7 +236,7 @@ def extract_crops_reference(
 
 
 def _patches(crops: Tensor) -> Tensor:
-    """[crops, 3, size, size] as rows [crops, patches, PATCH_COLUMNS] in the order (channel, y, x)."""
+    """[crops, 3, size, size] as [crops, patches, PATCH_COLUMNS], a patch in order channel, y, x."""
     across = crops.shape[-1] // PATCH_SIZE
     tiles = crops.unflatten(3, (across, PATCH_SIZE)).unflatten(2, (across, PATCH_SIZE))
     rows = tiles.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)

@@ -15,7 +15,7 @@ from monkey_kernels.crops.reference import extract_crops_reference, place, verti
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
-from monkey_kernels.crops import kernel  # noqa: E402
+from monkey_kernels.crops import filter_kernel, kernel  # noqa: E402
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -137,9 +137,7 @@ def test_no_tie_is_rounded_otherwise_than_by_the_reference():
     # At 7/5 many sums are exactly halfway between two levels.
     images = [photo(70, 98)]
     got = run(images, grid=(1, 1), crop_size=50, mean=(0, 0, 0), std=(1, 1, 1))
-    want = extract_crops_reference(
-        [images[0].cpu()], (1, 1), 50, mean=(0, 0, 0), std=(1, 1, 1)
-    )
+    want = extract_crops_reference([images[0].cpu()], (1, 1), 50, mean=(0, 0, 0), std=(1, 1, 1))
     assert torch.equal((got.cpu() * 255).round(), (want * 255).round())
 
 
@@ -271,14 +269,16 @@ def test_images_that_exceed_the_scratch_are_split_over_launches(monkeypatch):
     assert [group.images for group in plan.make_plan(images, *settings).groups] == [2, 2, 1]
 
 
+_filter_value = filter_kernel._filter_value
+
+
+@triton.jit
+def _shifted_filter_value(tap, centre, stretch, end, BICUBIC: tl.constexpr):
+    return _filter_value(tap, centre + 0.5, stretch, end, BICUBIC)
+
+
 def half_pixel_shift(monkeypatch):
-    original = kernel._filter_value
-
-    @triton.jit
-    def shifted(tap, centre, stretch, end, BICUBIC: tl.constexpr):
-        return original(tap, centre + 0.5, stretch, end, BICUBIC)
-
-    monkeypatch.setattr(kernel, "_filter_value", shifted)
+    monkeypatch.setattr(filter_kernel, "_filter_value", _shifted_filter_value)
 
 
 def unmasked_tail(monkeypatch):
