@@ -29,7 +29,7 @@ def aot_cases():
     return [
         case("good"),
         case("broken", broken_kernel),
-        case("spilling", block=128, options={"maxnreg": 32}),
-        case("spilling, never picked", block=128, options={"maxnreg": 32}, chosen=False),
+        case("spilling", block=128, options={"maxnreg": 96}),
+        case("spilling, never picked", block=128, options={"maxnreg": 96}, chosen=False),
         case("fp32", dtype="*fp32"),
     ]
