@@ -14,7 +14,7 @@ is fed to the tensor cores once and their sums land in one thread, which does Pi
 rounding.
 
 Pixels are interleaved bytes, of any alignment. Read one by one they cost 15 instructions a byte and
-254 registers; as words, three for four pixels, 7 (sm_90).
+254 registers; as words, three for four pixels, 7 and half the registers (sm_90).
 """
 
 from __future__ import annotations
@@ -103,9 +103,8 @@ def taps_kernel(
 
 @triton.jit
 def _byte(word, INDEX: tl.constexpr):
-    """Byte ``INDEX`` of uint32 words as fp16: 0x6400 | byte is 1024 + byte, one exact step away."""
-    bits = ((word >> (8 * INDEX)) & 0xFF) | 0x6400
-    return bits.to(tl.uint16).to(tl.float16, bitcast=True) - 1024.0
+    """Byte ``INDEX`` of uint32 words as the bits of an fp16: 0x6400 | byte is 1024 + byte."""
+    return (((word >> (8 * INDEX)) & 0xFF) | 0x6400).to(tl.uint16)
 
 
 @triton.jit
@@ -117,7 +116,7 @@ def _interleave(x_0, x_1, x_2, x_3):
 
 @triton.jit
 def _load_pixels(row_ptr, mask, pixels, GROUPS: tl.constexpr):
-    """``4 * GROUPS`` packed RGB pixels from each ``row_ptr`` [A] on: three fp16 [A, 4 * GROUPS].
+    """``4 * GROUPS`` packed RGB pixels from each ``row_ptr`` [A] on: three [A, 4 * GROUPS].
 
     Four pixels are three words, at any byte address: each is cut from two aligned words. Only
     words that hold a byte of the first ``pixels`` pixels are read, so none crosses into a page
@@ -127,11 +126,11 @@ def _load_pixels(row_ptr, mask, pixels, GROUPS: tl.constexpr):
     skew = (address & 3).to(tl.int32)[:, None]
     word_ptr = (address & -4).to(tl.pointer_type(tl.uint32))[:, None]
     index = 3 * tl.arange(0, GROUPS)[None, :]
-    end = tl.where(mask[:, None], 3 * pixels + skew, 0)
+    end = tl.where(mask[:, None], 3 * tl.minimum(pixels, 4 * GROUPS) + skew, 0)
     u_0 = tl.load(word_ptr + index, 4 * index < end, other=0).to(tl.uint64)
     u_1 = tl.load(word_ptr + index + 1, 4 * index + 4 < end, other=0).to(tl.uint64)
     u_2 = tl.load(word_ptr + index + 2, 4 * index + 8 < end, other=0).to(tl.uint64)
-    u_3 = tl.load(word_ptr + index + 3, (4 * index + 12 < end) & (skew > 0), other=0).to(tl.uint64)
+    u_3 = tl.load(word_ptr + index + 3, 4 * index + 12 < end, other=0).to(tl.uint64)
     shift = (8 * skew).to(tl.uint64)
     w_0 = (((u_1 << 32) | u_0) >> shift).to(tl.uint32)  # r0 g0 b0 r1
     w_1 = (((u_2 << 32) | u_1) >> shift).to(tl.uint32)  # g1 b1 r2 g2
@@ -144,7 +143,7 @@ def _load_pixels(row_ptr, mask, pixels, GROUPS: tl.constexpr):
 
 @triton.jit
 def _load_plane(row_ptr, mask, end, GROUPS: tl.constexpr):
-    """``4 * GROUPS`` bytes from each aligned ``row_ptr`` [A] on, as fp16, up to ``end``."""
+    """``4 * GROUPS`` bytes from each aligned ``row_ptr`` [A] on, up to ``end``."""
     index = tl.arange(0, GROUPS)[None, :]
     word_ptr = row_ptr.to(tl.pointer_type(tl.uint32), bitcast=True)[:, None] + index
     word = tl.load(word_ptr, mask[:, None] & (4 * index < end), other=0)
@@ -153,11 +152,11 @@ def _load_plane(row_ptr, mask, end, GROUPS: tl.constexpr):
 
 @triton.jit
 def _multiply(x, band, acc):
-    """``acc`` + ``x`` . ``band``: on tensor cores in fp16, to full precision in fp32."""
+    """``acc`` + ``x`` . ``band``: bits of pixels on tensor cores, floats to full precision."""
     if x.dtype == tl.float32:
         acc = tl.dot(x, band, acc, input_precision="ieee")
     else:
-        acc = tl.dot(x, band, acc)
+        acc = tl.dot(x.to(tl.float16, bitcast=True) - 1024.0, band, acc)
     return acc
 
 
@@ -234,6 +233,10 @@ def _filter_tile(
             offs_k = k + tl.arange(0, BLOCK_K)
             mask_k = offs_k < k_end
             k_offset = offs_k.to(tl.int64) * stride_xk
+            tap = offs_k[:, None] - first[None, :]
+            # One comparison for both ends: below 0 is far above as unsigned.
+            band_ptr = n_ptr[None, :] + tap
+            band = tl.load(band_ptr, tap.to(tl.uint32) < taps.to(tl.uint32), other=0)
             if SOURCE == "pixels":
                 if M_FAST:
                     x_0, x_1, x_2 = _load_pixels(
@@ -255,11 +258,6 @@ def _filter_tile(
                 x_0 = tl.load(x_ptr + offset, mask, other=0).to(tl.float32)
                 x_1 = tl.load(x_ptr + stride_xc + offset, mask, other=0).to(tl.float32)
                 x_2 = tl.load(x_ptr + 2 * stride_xc + offset, mask, other=0).to(tl.float32)
-
-            tap = offs_k[:, None] - first[None, :]
-            # One comparison for both ends: below 0 is far above as unsigned.
-            band_ptr = n_ptr[None, :] + tap
-            band = tl.load(band_ptr, tap.to(tl.uint32) < taps.to(tl.uint32), other=0)
             acc_0 = _multiply(x_0, band, acc_0)
             acc_1 = _multiply(x_1, band, acc_1)
             acc_2 = _multiply(x_2, band, acc_2)
@@ -286,7 +284,7 @@ def _scratch_stride(lines):
     return tl.cdiv(lines, 16) * 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])  # it varies from call to call
 def first_pass_kernel(
     images_ptr,  # [images, IMAGE_FIELDS] int64
     axes_ptr,  # [axes, AXIS_FIELDS] int64
@@ -326,7 +324,7 @@ def first_pass_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])  # it varies from call to call
 def second_pass_kernel(
     images_ptr,  # [images, IMAGE_FIELDS] int64
     axes_ptr,  # [axes, AXIS_FIELDS] int64

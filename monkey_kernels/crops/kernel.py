@@ -11,8 +11,8 @@ What was considered:
 
 * One kernel for both passes, with the first pass's tile in registers: no scratch, but it needs the
   sums of six [64, 16] tiles at once. Compiled for sm_90 it took 218 to 255 registers, and spilled
-  at most tile sizes tried (up to 1240 bytes): too few threads to hide a load. Each of two passes
-  takes 127 registers for 8 warps.
+  at most tile sizes tried (up to 1240 bytes): too few threads to hide a load. A pass of its own
+  takes 120 to 150, by Triton's version, and 73 on sm_100, where sums have a memory of their own.
 * The two-dimensional window per output, 300 taps for bicubic at 12 MP against 35: never.
 * A loop over the taps on CUDA cores: loads of single bytes, 13 bytes apart, one per tap and output.
   The band form loads a byte 1.4 times; its products are 3.5 GFLOP, 4 us of an H100's tensor cores.
@@ -55,7 +55,7 @@ class FilterParameters:
     block_m: int = 128  # lines: the more, the more often a step's weights are used
     block_n: int = 16  # outputs along the axis: the fewer, the fewer zeros in the band
     block_k: int = 32  # inputs per step: 3 steps at 12 MP bilinear, 82 inputs wide
-    num_warps: int = 8  # two programs of 127 registers fit on an H100's multiprocessor
+    num_warps: int = 8  # a thread holds 48 sums; with 4 it would hold 96 and spill
 
     def blocks(self) -> dict[str, int]:
         return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
@@ -69,15 +69,16 @@ class FilterParameters:
 
 @dataclass(frozen=True)
 class CutParameters:
-    block: int = 512  # output values: 4 a thread, with 16 taps each for the bicubic global crop
-    num_warps: int = 4
+    block: int = 512  # output values: 2 a thread, with 16 taps each for the bicubic global crop
+    num_warps: int = 8  # with 4, a third more registers than the 64 that fill a multiprocessor
 
 
 UINT8_PASSES = {"first_pass": FilterParameters(), "second_pass": FilterParameters()}
-# fp32 products run on CUDA cores, with both operands in registers: smaller tiles.
+# fp32 products run on CUDA cores, with both operands in registers: smaller tiles. These spill on no
+# target under Triton 3.6 and 3.9; most neighbours do on one.
 FLOAT_PASSES = {
-    "first_pass_float": FilterParameters(32, 16, 32, num_warps=4),
-    "second_pass_float": FilterParameters(32, 16, 32, num_warps=4),
+    "first_pass_float": FilterParameters(64, 16, 16),
+    "second_pass_float": FilterParameters(64, 16, 32),
 }
 CUT = CutParameters()
 TAPS_BLOCK = (16, 32)  # outputs, taps: most shrinks' taps in one step

@@ -35,8 +35,8 @@ from monkey_kernels.crops.reference import (
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
-# Pixels are counted in int32 within an image (not within a batch).
-_MOST_PIXELS = 2**31 - 1
+# Values are counted in int32 within an image (not within a batch).
+_MOST_PIXELS = (2**31 - 1) // 3
 
 
 def _crop_shape(crop_size: int, layout: str) -> tuple[int, ...]:
@@ -254,7 +254,7 @@ def extract_crops(
         ValueError: another rank or channel count, an image with no pixels, an empty list, images
             on different devices or of different dtypes, uint8 channels with a stride, NaN or
             infinity in a float image (plain torch alone checks it: the kernel would have to
-            wait for the GPU, and lets them spread instead), more than 2**31 - 1 pixels in an
+            wait for the GPU, and lets them spread instead), more than 2**31 - 1 values in an
             image, a grid or crop_size that is not positive, a crop_size that is not a multiple of
             14 for patches, an unknown interpolation, fit or layout, three numbers missing in mean
             or std, a std that is not positive.

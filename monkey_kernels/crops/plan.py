@@ -85,7 +85,8 @@ def make_plan(
         start += (source.top * stride_y + source.left * stride_x) * image.element_size()
 
         y_axis, x_axis = (source.height, target.height), (source.width, target.width)
-        y_first = vertical_first((source.height, source.width), (target.height, target.width))
+        # The order matters where a pass rounds. Floats take the one whose reads are contiguous.
+        y_first = not is_float and vertical_first(source[2:], target[2:])
         first, second = (y_axis, x_axis) if y_first else (x_axis, y_axis)
         strides = (stride_x, stride_y) if y_first else (stride_y, stride_x)
         for axis in (first, second):

@@ -320,7 +320,7 @@ BAD_INPUT = {
 MESSAGES = {
     "devices": "images.1. must have the device of images.0., .*; got meta",
     "channel stride": "next to each other in memory .stride 1.; got stride 16",
-    "pixels": "at most 2147483647 pixels; got 65536 x 32768",
+    "pixels": "at most 715827882 pixels; got 65536 x 32768",
     "dtype": "must be one of torch.uint8, .*; got torch.int32",
     "empty list": "at least one image",
     "patches": "crop_size must be a multiple of 14 for layout 'patches'; got 15",
