@@ -231,9 +231,10 @@ def test_empty_batch():
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("fit", ["stretch", "crop", "pad"])
-def test_gradient_of_float_images(mode, fit):
+@pytest.mark.parametrize("layout", ["crops", "patches"])
+def test_gradient_of_float_images(mode, fit, layout):
     image = torch.rand(2, 3, 11, 17, requires_grad=True)
-    settings = {"crop_size": 8, "interpolation": mode, "fit": fit}
+    settings = {"crop_size": 28, "interpolation": mode, "fit": fit, "layout": layout}
     crops = extract_crops(image, **settings)
     out_grad = torch.randn_like(crops)
     crops.backward(out_grad)
@@ -255,25 +256,28 @@ def test_reference_gradcheck(mode):
 
 
 def op_arguments(images):
-    return (images, [2, 2], 8, "bilinear", "stretch", list(CLIP_MEAN), list(CLIP_STD))
+    return (images, [2, 2], 14, "bilinear", "stretch", list(CLIP_MEAN), list(CLIP_STD))
 
 
+@pytest.mark.parametrize("layout", ["crops", "patches"])
 @pytest.mark.parametrize("kind", ["uint8", "float", "float with gradient"])
-def test_opcheck(kind):
+def test_opcheck(kind, layout):
     images = [noise(9, 12), noise(20, 7, 1)]
     if kind != "uint8":
         images = [(image / 255).permute(2, 0, 1).contiguous() for image in images]
     if kind == "float with gradient":
         images = [image.requires_grad_() for image in images]
     op = torch.ops.monkey_kernels.extract_crops
-    torch.library.opcheck(op, (*op_arguments(images), torch.float32))
+    torch.library.opcheck(op, (*op_arguments(images), torch.float32, layout))
 
 
 def test_backward_opcheck():
     images = [torch.rand(3, 9, 12), torch.rand(3, 20, 7)]
     op = torch.ops.monkey_kernels.extract_crops_backward
     arguments = op_arguments(images)
-    torch.library.opcheck(op, (torch.randn(10, 3, 8, 8), *arguments[:5], arguments[6]))
+    settings = (*arguments[:5], arguments[6])
+    torch.library.opcheck(op, (torch.randn(10, 3, 14, 14), *settings, "crops"))
+    torch.library.opcheck(op, (torch.randn(10, 1, 592), *settings, "patches"))
 
 
 def test_compile_and_export():

@@ -1,0 +1,117 @@
+"""The table that the kernels read: where each image lies, its window, its filters.
+
+It is built on the host and sent in one small copy, so that a launch covers images of any mix of
+sizes. Windows are whole pixels (see ``place``), so a window is an address and a size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from monkey_kernels.crops.reference import FILTER_RADIUS, place, vertical_first
+
+# int64 columns. Image: address of the window's first value; strides, in values, between lines,
+# between inputs of the first pass's axis, and between channels; number of lines; index of the
+# first pass's axis and of the second's; whether the first pass is the vertical one; offset of its
+# scratch in values; top, left, height and width of the filled part of the canvas; nothing (a row
+# keeps to 16 bytes, as Triton likes its pointers).
+IMAGE_FIELDS = 14
+# Axis: input size, output size, taps per output, offset of its outputs, of its taps, nothing.
+AXIS_FIELDS = 6
+
+
+@dataclass
+class Group:
+    """Images whose first pass fits into the scratch together: they share the two launches."""
+
+    first: int
+    images: int = 0
+    scratch: int = 0  # values
+    first_tiles: int = 0  # of the image that needs most
+    second_tiles: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    table: Tensor  # [images, IMAGE_FIELDS], then [axes, AXIS_FIELDS], flat
+    axes: int
+    longest_axis: int  # outputs
+    outputs: int  # of all axes
+    taps: int  # of all outputs
+    groups: list[Group]
+
+
+def most_taps(in_size: int, out_size: int, interpolation: str) -> int:
+    """No output of an axis reads more inputs than this."""
+    support = FILTER_RADIUS[interpolation] * max(in_size / out_size, 1.0)
+    return 2 * math.ceil(support) + 1
+
+
+def make_plan(
+    images: Sequence[Tensor],
+    canvas: tuple[int, int],
+    interpolation: str,
+    fit: str,
+    first_tile: tuple[int, int],
+    second_tile: tuple[int, int],
+    scratch_bytes: int,
+) -> Plan:
+    """Plan of a call for checked images [H, W, 3] uint8 or [3, H, W] float.
+
+    A tile is (lines, outputs) of one program of a pass. A group of images takes ``scratch_bytes``
+    of scratch, or one image.
+    """
+    is_float = images[0].is_floating_point()
+    most_scratch = scratch_bytes // (4 if is_float else 1)
+    axis_index: dict[tuple[int, int], int] = {}
+    axis_rows: list[int] = []
+    image_rows: list[int] = []
+    outputs = taps = 0
+    groups = [Group(0)]
+    for index, image in enumerate(images):
+        if is_float:
+            stride_channel, stride_y, stride_x = image.stride()
+            height, width = image.shape[1:]
+        else:
+            stride_y, stride_x, stride_channel = image.stride()
+            height, width = image.shape[:2]
+        source, target = place(height, width, canvas, fit)
+        start = image.data_ptr()
+        start += (source.top * stride_y + source.left * stride_x) * image.element_size()
+
+        y_axis, x_axis = (source.height, target.height), (source.width, target.width)
+        # The order matters where a pass rounds. Floats take the one whose reads are contiguous.
+        y_first = not is_float and vertical_first(source[2:], target[2:])
+        first, second = (y_axis, x_axis) if y_first else (x_axis, y_axis)
+        strides = (stride_x, stride_y) if y_first else (stride_y, stride_x)
+        for axis in (first, second):
+            if axis not in axis_index:
+                axis_index[axis] = len(axis_index)
+                axis_taps = most_taps(*axis, interpolation)
+                axis_rows += [*axis, axis_taps, outputs, taps, 0]
+                outputs += axis[1]
+                taps += axis[1] * axis_taps
+
+        lines = second[0]
+        scratch = 3 * first[1] * -(-lines // 16) * 16  # rows start at multiples of 16 bytes
+        if groups[-1].images and groups[-1].scratch + scratch > most_scratch:
+            groups.append(Group(index))
+        group = groups[-1]
+        image_rows += [start, *strides, stride_channel, lines, axis_index[first]]
+        image_rows += [axis_index[second], int(y_first), group.scratch, *target, 0]
+        group.images += 1
+        group.scratch += scratch
+        group.first_tiles = max(group.first_tiles, _tiles(lines, first[1], first_tile))
+        group.second_tiles = max(group.second_tiles, _tiles(first[1], second[1], second_tile))
+    table = torch.tensor(image_rows + axis_rows, dtype=torch.int64)
+    longest = max(out for _, out in axis_index)
+    return Plan(table, len(axis_index), longest, outputs, taps, groups)
+
+
+def _tiles(lines: int, outputs: int, tile: tuple[int, int]) -> int:
+    return -(-lines // tile[0]) * -(-outputs // tile[1])
