@@ -29,9 +29,9 @@ TRITON_KERNELS: dict[str, str] = {
 }
 OPS = ("extract_crops", "resampler_attention")
 
-# One process-wide override, not a context variable: autograd runs backward on threads of its
+# Process-wide overrides, not a context variable: autograd runs backward on threads of its
 # own, which would not see a context variable of the caller.
-_override: BackendName | None = None
+_overrides: list[list[BackendName]] = []
 
 
 def _check_name(name: str, source: str) -> None:
@@ -43,6 +43,8 @@ def _check_name(name: str, source: str) -> None:
 def use_backend(name: BackendName) -> Iterator[None]:
     """Choose the backend of every op inside a ``with`` block, for the whole process.
 
+    The block that was entered last decides, whichever thread entered it.
+
     It outranks the environment variable ``MONKEY_KERNELS_BACKEND``, which takes the same names.
 
     Args:
@@ -51,24 +53,26 @@ def use_backend(name: BackendName) -> Iterator[None]:
     Raises:
         ValueError: ``name`` is none of these.
     """
-    global _override
     _check_name(name, "name")
-    previous, _override = _override, name
+    mine = [name]  # a list of its own, so that it can be told from an equal one
+    _overrides.append(mine)
     try:
         yield
     finally:
-        _override = previous
+        # Not the last one where blocks of two threads overlap.
+        _overrides[:] = [override for override in _overrides if override is not mine]
 
 
 def requested_backend() -> BackendName:
     """The backend asked for: by :func:`use_backend`, else by the environment, else ``"auto"``.
 
     Raises:
-        ValueError: the environment variable ``MONKEY_KERNELS_BACKEND`` holds another word.
+        ValueError: the environment variable ``MONKEY_KERNELS_BACKEND`` holds another word. (An
+            empty one counts as unset.)
     """
-    if _override is not None:
-        return _override
-    name = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+    if _overrides:
+        return _overrides[-1][0]
+    name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
     _check_name(name, f"environment variable {ENVIRONMENT_VARIABLE}")
     return name  # type: ignore[return-value]
 

@@ -17,12 +17,17 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
 
 
-def check_positive_int(name: str, value: Any) -> None:
+def check_int(name: str, value: Any, least: int) -> None:
     # bool is an int to Python, never to a reader of this argument.
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int; got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be positive; got {value}")
+    if value < least:
+        expected = "positive" if least == 1 else f"at least {least}"
+        raise ValueError(f"{name} must be {expected}; got {value}")
+
+
+def check_positive_int(name: str, value: Any) -> None:
+    check_int(name, value, least=1)
 
 
 def check_grid(grid: Any) -> tuple[int, int]:

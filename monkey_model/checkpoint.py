@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from monkey_kernels.checks import check_dtype
 from monkey_model.visual import VisionTransformer
 
 PREFIX = "transformer.visual."
@@ -25,7 +27,7 @@ _FORMATS = {
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also what is not UTF-8
         raise ValueError(f"{path} must be JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object; got {type(content).__name__}")
@@ -70,15 +72,19 @@ def _read_pickles(shards: Iterable[Path]) -> dict[str, Tensor]:
     state = {}
     for shard in shards:
         try:
-            content = torch.load(shard, map_location="cpu", mmap=True, weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            # torch's own message goes on to say how to load the file unsafely.
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{shard} is no readable weights file: {reason}") from None
+            # Files of before torch 1.6 are no zip archives and cannot be mapped.
+            mmap = zipfile.is_zipfile(shard)
+            content = torch.load(shard, map_location="cpu", mmap=mmap, weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError):
+            # Not torch's own message, which says how to load the file unsafely.
+            raise ValueError(
+                f"{shard} is no readable weights file: it is damaged, or holds something else than "
+                "tensors, which is not loaded"
+            ) from None
         if not isinstance(content, dict):
             raise ValueError(f"{shard} must hold a state dict; got {type(content).__name__}")
         for key, tensor in content.items():
-            if key.startswith(PREFIX):
+            if isinstance(key, str) and key.startswith(PREFIX):
                 state[key.removeprefix(PREFIX)] = tensor
     return state
 
@@ -87,11 +93,13 @@ def _check_state(encoder: VisionTransformer, state: dict[str, Tensor], where: Pa
     expected = encoder.state_dict()
     problems = [f"missing {PREFIX}{key}" for key in expected if key not in state]
     problems += [f"unexpected {PREFIX}{key}" for key in state if key not in expected]
-    problems += [
-        f"{PREFIX}{key} must be {list(expected[key].shape)}, got {list(tensor.shape)}"
-        for key, tensor in state.items()
-        if key in expected and tensor.shape != expected[key].shape
-    ]
+    for key, tensor in state.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            kind = getattr(tensor, "dtype", type(tensor).__name__)
+            problems.append(f"{PREFIX}{key} must be a tensor of floats, got {kind}")
+        elif key in expected and tensor.shape != expected[key].shape:
+            shapes = f"{list(expected[key].shape)}, got {list(tensor.shape)}"
+            problems.append(f"{PREFIX}{key} must be {shapes}")
     if problems:
         shown, more = problems[:20], len(problems) - 20
         tail = f"; and {more} more" if more > 0 else ""
@@ -106,7 +114,9 @@ def load_visual(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     allow_pickle: bool = False,
-    **settings: Any,
+    interpolation: str | None = None,
+    fit: str | None = None,
+    grid: tuple[int, int] | None = None,
 ) -> VisionTransformer:
     """The visual encoder of a checkpoint, in eval mode.
 
@@ -119,14 +129,18 @@ def load_visual(
         device: to put them on.
         allow_pickle: whether ``pytorch_model*.bin`` may be read where there are no safetensors
             files. Read with ``torch.load(weights_only=True)``; still, only from a source you trust.
-        settings: override the config: ``interpolation``, ``fit``, ``grid``. Where neither says,
-            interpolation is ``"bicubic"``, as the published checkpoints were trained.
+        interpolation: outranks the config's. Where neither says, it is ``"bicubic"``, as the
+            published checkpoints were trained.
+        fit: outranks the config's.
+        grid: outranks the config's.
 
     Raises:
         FileNotFoundError: no such directory, no config, no weights, or a shard is missing.
+        TypeError: ``dtype`` is no floating-point dtype.
         ValueError: pickles without ``allow_pickle``, a broken file, or keys or shapes that are not
             the encoder's; each is named.
     """
+    check_dtype("dtype", dtype, (torch.float32, torch.float16, torch.bfloat16, torch.float64))
     directory = Path(checkpoint)
     if not directory.is_dir():
         raise FileNotFoundError(f"checkpoint must be a directory; got {directory}")
@@ -145,13 +159,17 @@ def load_visual(
             "pass allow_pickle=True (--allow-pickle) to read them"
         )
     if not shards and not pickles:
-        raise FileNotFoundError(f"checkpoint has no tensor {PREFIX}*: {directory}")
+        names = ", ".join(name for names in _FORMATS.values() for name in names)
+        raise FileNotFoundError(f"checkpoint has no {PREFIX}* in any of {names}: {directory}")
     state = _read_safetensors(shards) if shards else _read_pickles(pickles)
 
+    overrides = {"interpolation": interpolation, "fit": fit, "grid": grid}
+    settings = {"interpolation": "bicubic", **config}
+    settings |= {name: value for name, value in overrides.items() if value is not None}
     try:
         with torch.device("meta"):
-            encoder = VisionTransformer(**{"interpolation": "bicubic", **config, **settings})
-    except TypeError as error:
+            encoder = VisionTransformer(**settings)
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{config_path} 'visual' does not describe an encoder: {error}") from None
     _check_state(encoder, state, directory)
     encoder.load_state_dict({k: v.to(device, dtype) for k, v in state.items()}, assign=True)

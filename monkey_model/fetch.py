@@ -7,6 +7,7 @@ network of the machine that fetches it.
 from __future__ import annotations
 
 import io
+import re
 import time
 import urllib.parse
 from concurrent import futures
@@ -16,11 +17,17 @@ from socket import SOCK_STREAM, create_connection, getaddrinfo, socket
 from ssl import SSLContext, create_default_context
 from typing import Any
 
+SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://|data:", re.IGNORECASE)
 _MAX_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
 _GLOBAL_UNICAST = IPv6Network("2000::/3")
 _TARGET_SAFE = "/?&=%:+,;@!$'()*~[]"  # what stays unquoted in a path and query
 _NAT64 = IPv6Network("64:ff9b::/96")
+
+
+def redact(text: str) -> str:
+    """``text`` without the passwords of URLs in it: a log is no place for them."""
+    return re.sub("//[^/]*@", "//***@", text)
 
 
 def fetch(url: str, name: str, max_bytes: int, timeout: float) -> bytes:
@@ -115,7 +122,8 @@ def _public_addresses(host: str, port: int) -> list[str]:
     addresses = [str(info[4][0]) for info in getaddrinfo(host, port, type=SOCK_STREAM)]
     for address in addresses:
         if not _is_public(address):
-            raise ValueError(f"{host} is {address}, which is not a public address")
+            what = address if address == host else f"{host} is {address}, which"
+            raise ValueError(f"{what} is not a public address")
     return addresses
 
 

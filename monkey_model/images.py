@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import struct
 from typing import IO, Any, TypeAlias
 
@@ -20,7 +19,7 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
-from monkey_model.fetch import fetch
+from monkey_model.fetch import SCHEME, fetch, redact
 
 ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
 
@@ -40,8 +39,6 @@ _UPRIGHT: dict[Any, tuple[Image.Transpose | None, bool, bool]] = {
 }
 
 _DTYPES = ("uint8", "uint16", "bool", "float16", "bfloat16", "float32", "float64")
-
-_SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://|data:", re.IGNORECASE)
 
 
 def load_image(
@@ -110,8 +107,8 @@ def load_image(
         return _decode(source, f"Pillow image of mode {source.mode}", None)
     if isinstance(source, bytes):
         return _decode(io.BytesIO(source), f"of {len(source)} bytes", fast_decode)
-    if isinstance(source, str) and (match := _SCHEME.match(source)):
-        name = repr(re.sub("//[^/]*@", "//***@", source[:200]))  # a log is no place for passwords
+    if isinstance(source, str) and (match := SCHEME.match(source)):
+        name = repr(redact(source[:200]))
         if match[0].lower() not in ("http://", "https://"):
             raise ValueError(f"source must be a path or an http(s) URL; got {name}")
         if not allow_urls:

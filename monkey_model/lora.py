@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -86,33 +87,43 @@ def add_adapters(
     return output + F.linear(t.flatten(-2), up)
 
 
-def check_adapter_index(index: Sequence[int | None], adapters: int) -> None:
-    """Each entry is None or an adapter that exists.
+def check_adapter_index(name: str, index: Any, adapters: int) -> list[int | None]:
+    """``index``, the argument called ``name``, as a list of adapters that exist, and None.
 
     Raises:
-        TypeError: an entry is neither an int nor None.
+        TypeError: it is no sequence, or an entry is neither an integer nor None.
         ValueError: an entry is out of range.
     """
+    if not isinstance(index, Sequence) or isinstance(index, (str, bytes)):
+        raise TypeError(
+            f"{name} must be a sequence of adapter numbers and None; got {type(index).__name__}"
+        )
+    checked: list[int | None] = []
     for entry in index:
         if entry is None:
+            checked.append(None)
             continue
-        if not isinstance(entry, int) or isinstance(entry, bool):
+        # numpy's integers are fine; a bool or a tensor is a mistake.
+        if isinstance(entry, (bool, Tensor)) or not hasattr(entry, "__index__"):
             raise TypeError(
-                f"idx must hold adapter numbers or None; got {entry!r} ({type(entry).__name__})"
+                f"{name} must hold adapter numbers or None; got {entry!r} ({type(entry).__name__})"
             )
-        if not 0 <= entry < adapters:
+        number = operator.index(entry)
+        if not 0 <= number < adapters:
             raise ValueError(
-                f"idx must name one of the {adapters} adapters (0 to {adapters - 1}); got {entry}"
+                f"{name} must name one of the {adapters} adapters (0 to {adapters - 1}); got "
+                f"{number}"
                 if adapters
-                else f"idx must be None: the encoder has no adapters; got {entry}"
+                else f"{name} must be None: the encoder has no adapters; got {number}"
             )
+        checked.append(number)
+    return checked
 
 
 def select_adapters(
     index: Sequence[int | None], adapters: int, device: torch.device
 ) -> AdapterSelection:
-    """``index``, one entry per crop of a batch, as the selection that the blocks take."""
-    check_adapter_index(index, adapters)
+    """``index``, one checked entry per crop of a batch, as the selection that the blocks take."""
     if all(entry is None for entry in index):
         return None
     if len(set(index)) == 1:

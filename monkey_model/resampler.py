@@ -135,9 +135,10 @@ class Resampler(nn.Module):
 
         Where it is allowed, it runs in eval mode while gradients are off, on plain modules (not
         where an adapter or a quantised layer wraps a projection). It is built at the first such
-        call and again when a parameter has changed, moved or been cast. Compiled and exported
-        graphs use what an eager call has built, with the parameters of that time, until the module
-        is moved, loaded or trained.
+        call, and again when a parameter has changed, moved or been cast, or a call with gradients
+        came between. A change through ``parameter.data`` leaves no trace: call ``fold()`` after
+        it. Compiled and exported graphs use what an eager call has built, with the parameters of
+        that time, until the module is moved, loaded or trained.
         """
         self.fold_enabled = enabled
         self._folded = None
@@ -158,7 +159,8 @@ class Resampler(nn.Module):
 
     def _fold(self, tokens: int) -> FoldedResampler | None:
         """The folded form for crops of this many tokens, None where it cannot be used."""
-        if self.training:
+        if self.training or torch.is_grad_enabled():
+            # An optimizer's step may follow, and a fused one does not count a parameter's versions.
             self._folded = None
         if not self._foldable():
             return None

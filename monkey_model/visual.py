@@ -19,7 +19,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from monkey_kernels import extract_crops
-from monkey_kernels.checks import check_choice, check_grid, check_positive_int, check_tensor
+from monkey_kernels.checks import (
+    check_choice,
+    check_grid,
+    check_int,
+    check_positive_int,
+    check_tensor,
+)
 from monkey_kernels.crops.reference import FITS, INTERPOLATIONS
 from monkey_model.images import ImageSource, load_image
 from monkey_model.lora import (
@@ -126,7 +132,8 @@ class VisualAttention(nn.Module):
         x = query.transpose(0, 1)
         crops, tokens, _ = x.shape
         packed = add_adapters(self.in_proj(x), x, self.in_proj_lora, idx)
-        heads = packed.view(crops, tokens, self.num_heads, -1).transpose(1, 2)
+        head_width = self.embed_dim // self.num_heads
+        heads = packed.view(crops, tokens, self.num_heads, 3 * head_width).transpose(1, 2)
         q, k, v = heads.chunk(3, dim=-1)
         if attn_mask is not None and attn_mask.dim() == 3:
             attn_mask = attn_mask.unflatten(0, (-1, self.num_heads if len(attn_mask) > 1 else 1))
@@ -309,9 +316,10 @@ class VisionTransformer(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        height, width_px = (
-            (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        )
+        sides = image_size if isinstance(image_size, (list, tuple)) else (image_size, image_size)
+        if len(sides) != 2:
+            raise ValueError(f"image_size must be a side or (height, width); got {image_size!r}")
+        height, width_px = sides
         for name, size in (
             ("image_size", height),
             ("image_size", width_px),
@@ -319,8 +327,18 @@ class VisionTransformer(nn.Module):
             ("crop_size", crop_size),
             ("width", width),
             ("layers", layers),
+            ("heads", heads),
+            ("n_queries", n_queries),
+            ("output_dim", output_dim),
         ):
             check_positive_int(name, size)
+        check_int("lora_repeat_num", lora_repeat_num, least=0)
+        if not isinstance(mlp_ratio, (int, float)):
+            raise TypeError(f"mlp_ratio must be a number; got {type(mlp_ratio).__name__}")
+        if not (math.isfinite(mlp_ratio) and width * mlp_ratio >= 1):
+            raise ValueError(f"mlp_ratio must give the MLP a width of at least 1; got {mlp_ratio}")
+        if width % heads:
+            raise ValueError(f"heads must divide width; got heads {heads} and width {width}")
         if crop_size % patch_size:
             raise ValueError(
                 f"crop_size must be a multiple of patch_size, {patch_size}; got {crop_size}"
@@ -332,7 +350,7 @@ class VisionTransformer(nn.Module):
             )
         if math.isqrt(n_queries) ** 2 != n_queries:
             raise ValueError(f"n_queries must be a square number; got {n_queries}")
-        if output_dim < 128 or output_dim % 128:
+        if output_dim % 128:
             raise ValueError(f"output_dim must be a multiple of 128; got {output_dim}")
         check_choice("interpolation", interpolation, INTERPOLATIONS)
         check_choice("fit", fit, FITS)
@@ -420,15 +438,15 @@ class VisionTransformer(nn.Module):
                 f"x must be [N, 3, H, W] with H = W a multiple of {patch}; got {list(x.shape)}"
             )
         selection: AdapterSelection = None
-        if isinstance(idx, (list, tuple)):
-            if len(idx) != x.shape[0]:
+        if isinstance(idx, Sequence) and not isinstance(idx, str):
+            index = check_adapter_index("idx", idx, self.lora_repeat_num)
+            if len(index) != len(x):
                 raise ValueError(
-                    f"idx must have an entry for each of {len(x)} crops; got {len(idx)}"
+                    f"idx must have an entry for each of {len(x)} crops; got {len(index)}"
                 )
-            selection = select_adapters(idx, self.lora_repeat_num, self.conv1.weight.device)
-        elif idx is not None:
-            check_adapter_index([idx], self.lora_repeat_num)  # type: ignore[list-item]
-            selection = cast(int, idx)
+            selection = select_adapters(index, self.lora_repeat_num, self.conv1.weight.device)
+        else:
+            (selection,) = check_adapter_index("idx", [idx], self.lora_repeat_num)
         x = x.to(self.transformer.get_cast_device(), self.transformer.get_cast_dtype())
         x = self.conv1(x).flatten(2).transpose(1, 2)
         x = self.ln_pre(x + get_abs_pos(self.positional_embedding, x.shape[1]))
@@ -453,10 +471,13 @@ class VisionTransformer(nn.Module):
             )
         device = self.transformer.get_cast_device()
         enough = self.canvas_size if fast_decode else None
-        decoded = [
-            load_image(image, allow_urls=allow_urls, fast_decode=enough).to(device)
-            for image in images
-        ]
+        decoded = []
+        for number, image in enumerate(images):
+            try:
+                pixels = load_image(image, allow_urls=allow_urls, fast_decode=enough)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"images[{number}]: {error}") from error
+            decoded.append(pixels.to(device))
         settings: dict[str, Any] = {
             "grid": self.grid,
             "crop_size": self.crop_size,
@@ -566,9 +587,10 @@ class VisionTransformer(nn.Module):
                     "pass adapter_index, an adapter or None for each crop"
                 )
             return [*range(local), None]
-        if len(index) != local + 1:
+        checked = check_adapter_index("adapter_index", index, adapters)
+        if len(checked) != local + 1:
             raise ValueError(
-                f"adapter_index must have an entry for each of {local + 1} crops; got {len(index)}"
+                f"adapter_index must have an entry for each of {local + 1} crops; got "
+                f"{len(checked)}"
             )
-        check_adapter_index(index, adapters)
-        return list(index)
+        return checked
