@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
@@ -14,9 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
+
+from monkey_model.fetch import redact
 
 if TYPE_CHECKING:
     import torch
@@ -65,8 +68,19 @@ class DType(str, Enum):
     bfloat16 = "bfloat16"
 
 
+def _shown(name: str) -> str:
+    """``name`` fit to be printed and stored: no passwords of URLs, no undecodable bytes."""
+    return os.fsencode(redact(name)).decode("utf-8", "backslashreplace")
+
+
+def _say(console: Console, message: str) -> None:
+    # File names may hold what Rich takes for markup or emoji.
+    console.print(message, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
 def _error(message: str) -> None:
-    err_console.print(f"[bold red]Error:[/] {escape(message)}", soft_wrap=True)
+    err_console.print(Text("Error: ", "bold red"), end="")
+    _say(err_console, _shown(message))
 
 
 def _parse_grid(text: str) -> tuple[int, int]:
@@ -76,33 +90,47 @@ def _parse_grid(text: str) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
-def _output_paths(images: Sequence[str], out: Path | None) -> list[Path]:
+def _output_paths(images: Sequence[str], out: Path | None, preview: Path | None) -> list[Path]:
     """Where each image's tokens go, checked before any work is done."""
     if len(images) == 1 and (out is None or out.suffix == ".safetensors"):
         paths = [out or Path("tokens.safetensors")]
     else:
         folder = out or Path("tokens")
-        if folder.suffix == ".safetensors":
+        if folder.suffix and not folder.is_dir():
             raise typer.BadParameter(
-                f"--out must be a folder where there are several images; got {folder}"
+                f"--out must be a .safetensors file for one image, or a folder; got {folder}"
             )
         paths = [folder / f"{Path(image).name}.safetensors" for image in images]
-    owner: dict[Path, str] = {}
-    for image, path in zip(images, paths, strict=True):
-        if path in owner:
-            raise typer.BadParameter(f"{owner[path]} and {image} would both be written to {path}")
-        owner[path] = image
+    if preview is not None and preview.suffix.lower() != ".png":
+        raise typer.BadParameter(f"--preview must be a .png file; got {preview}")
+    # Nothing is written over an input or another output, however it is spelled.
+    owner = {os.path.realpath(image): f"the image {_shown(image)}" for image in images}
+    outputs = [(path, f"the tokens of {_shown(image)}")
+               for image, path in zip(images, paths, strict=True)]  # fmt: skip
+    if preview is not None:
+        outputs.append((preview, "the preview"))
+    for path, what in outputs:
+        real = os.path.realpath(path)
+        if real in owner:
+            raise typer.BadParameter(f"{what} would be written over {owner[real]}: {path}")
+        owner[real] = what
+    for path in {path.parent: path for path, _ in outputs}.values():
+        with _atomic(path, keep=False):
+            pass  # the folder is there, or can be made, and takes files
     return paths
 
 
 @contextmanager
-def _atomic(path: Path) -> Iterator[str]:
+def _atomic(path: Path, keep: bool = True) -> Iterator[str]:
     """A temporary name to write to, renamed to ``path`` at the end: whole, or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".monkey-", suffix=path.suffix)
     os.close(handle)
     try:
         yield name
+        if not keep:
+            os.unlink(name)
+            return
         # mkstemp's file is private; what the user asked for has the usual permissions.
         umask = os.umask(0)
         os.umask(umask)
@@ -120,7 +148,7 @@ def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 
 def _build_encoder(
     checkpoint: Path | None,
-    device: str,
+    device: torch.device,
     dtype: torch.dtype,
     allow_pickle: bool,
     settings: dict[str, Any],
@@ -219,18 +247,18 @@ def encode(
     ] = False,
 ) -> None:
     """Turn pictures into visual tokens, one .safetensors file for each."""
-    grid_size = _parse_grid(grid) if grid else None
-    paths = _output_paths(images, out)
+    grid_size = None if grid is None else _parse_grid(grid)
+    try:
+        paths = _output_paths(images, out, preview)
+    except OSError as error:
+        _error(f"the output cannot be written: {error}")
+        raise typer.Exit(2) from None
 
     import torch
-    from safetensors.torch import save_file
+    from PIL import Image
 
-    from monkey_model.images import load_image
-
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype is None:
-        dtype = DType.float32 if device == "cpu" else DType.bfloat16
+    # The limit itself is an error of load_image's; this process is ours to keep quiet.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     settings: dict[str, Any] = {
         "grid": grid_size,
         "interpolation": interpolation.value if interpolation else None,
@@ -238,11 +266,13 @@ def encode(
     }
     settings = {name: value for name, value in settings.items() if value is not None}
     try:
+        target = _usable_device(device)
+        if dtype is None:
+            dtype = DType.float32 if target.type == "cpu" else DType.bfloat16
         encoder = _build_encoder(
-            checkpoint, device, getattr(torch, dtype.value), allow_pickle, settings
+            checkpoint, target, getattr(torch, dtype.value), allow_pickle, settings
         )
         adapters = encoder.adapter_index()
-        enough = encoder.canvas_size if fast_decode else None
     except (ValueError, OSError, RuntimeError) as error:
         _error(str(error))
         raise typer.Exit(2) from None
@@ -252,6 +282,13 @@ def encode(
             "These tokens carry no meaning.[/]"
         )
 
+    metadata = {
+        "checkpoint": _shown(str(checkpoint)) if checkpoint else "none: random weights",
+        "grid": f"{encoder.grid[0]}x{encoder.grid[1]}",
+        "interpolation": encoder.interpolation,
+        "fit": encoder.fit,
+        "fast_decode": str(fast_decode).lower(),
+    }
     failed: list[str] = []
     progress = Progress(
         TextColumn("Encoding"),
@@ -264,44 +301,89 @@ def encode(
     with progress, torch.inference_mode():
         task = progress.add_task("Encoding", total=len(images))
         for batch in _batches(list(zip(images, paths, strict=True)), batch_size):
-            decoded = []
-            for name, path in batch:
-                try:
-                    image = load_image(name, allow_urls=allow_urls, fast_decode=enough)
-                    decoded.append((name, path, image))
-                except (ValueError, OSError) as error:
-                    failed.append(name)
-                    _error(str(error))
+            decoded = _decode_batch(batch, encoder, allow_urls, fast_decode, failed)
             if decoded:
-                crops = encoder.extract_crops([image for *_, image in decoded])
+                try:
+                    crops = encoder.extract_crops([image for *_, image in decoded])
+                    tokens = encoder.encode_crops(crops)
+                except (ValueError, RuntimeError) as error:  # a backend, or memory
+                    _error(str(error))
+                    raise typer.Exit(2) from None
                 if preview is not None:
-                    first = crops[: encoder.crops_per_image]
-                    picture = draw_crops(first, encoder.grid, adapters)
+                    picture = draw_crops(crops[: len(adapters)], encoder.grid, adapters)
                     with _atomic(preview) as file:
                         picture.save(file, "PNG")
-                    progress.console.print(f"crops of {escape(decoded[0][0])} -> {preview}")
+                    _say(err_console, f"crops of {_shown(decoded[0][0])} -> {_shown(str(preview))}")
                     preview = None
-                tokens = encoder.encode_crops(crops).unflatten(0, (len(decoded), -1)).flatten(1, 2)
+                tokens = tokens.unflatten(0, (len(decoded), -1)).flatten(1, 2)
                 for (name, path, image), row in zip(decoded, tokens, strict=True):
-                    metadata = {
-                        "image": name,
-                        "image_size": f"{image.shape[0]}x{image.shape[1]}",
-                        "checkpoint": str(checkpoint) if checkpoint else "none: random weights",
-                        "grid": f"{encoder.grid[0]}x{encoder.grid[1]}",
-                        "interpolation": encoder.interpolation,
-                        "fit": encoder.fit,
-                    }
-                    with _atomic(path) as file:
-                        save_file({"tokens": row.contiguous().cpu()}, file, metadata)
-                    shape = " x ".join(str(size) for size in row.shape)
-                    progress.console.print(
-                        f"{escape(name)}: {shape} visual tokens -> {escape(str(path))}",
-                        soft_wrap=True,
-                    )
+                    _save(name, path, image, row, metadata, failed)
             progress.advance(task, len(batch))
     if failed:
-        _error(f"{len(failed)} of {len(images)} images could not be read: {', '.join(failed)}")
+        names = ", ".join(failed)
+        _error(f"{len(failed)} of {len(images)} images were not encoded: {names}")
         raise typer.Exit(1)
+
+
+def _usable_device(name: str | None) -> torch.device:
+    """The device called ``name``, or the default one, checked by a first allocation."""
+    import torch
+
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used: {reason}") from None
+    return device
+
+
+def _decode_batch(
+    batch: Sequence[tuple[str, Path]],
+    encoder: VisionTransformer,
+    allow_urls: bool,
+    fast_decode: bool,
+    failed: list[str],
+) -> list[tuple[str, Path, Tensor]]:
+    """The images that can be read, and where their tokens go; the others are reported."""
+    from monkey_model.images import load_image
+
+    enough = encoder.canvas_size if fast_decode else None
+    decoded = []
+    for name, path in batch:
+        try:
+            image = load_image(name, allow_urls=allow_urls, fast_decode=enough)
+            decoded.append((name, path, image))
+        except (ValueError, OSError) as error:
+            failed.append(name)
+            _error(str(error))
+    return decoded
+
+
+def _save(
+    name: str,
+    path: Path,
+    image: Tensor,
+    tokens: Tensor,
+    metadata: dict[str, str],
+    failed: list[str],
+) -> None:
+    """Write one image's tokens, or report why not."""
+    from safetensors.torch import save_file
+
+    size = f"{image.shape[0]}x{image.shape[1]}"
+    metadata = {"image": _shown(name), "decoded_size": size, **metadata}
+    try:
+        with _atomic(path) as file:
+            save_file({"tokens": tokens.contiguous().cpu()}, file, metadata)
+    except OSError as error:
+        failed.append(name)
+        _error(f"the tokens of {name} cannot be written: {error}")
+        return
+    shape = " x ".join(str(length) for length in tokens.shape)
+    _say(err_console, f"{_shown(name)}: {shape} visual tokens -> {_shown(str(path))}")
 
 
 @app.command()
@@ -312,7 +394,13 @@ def doctor() -> None:
     import torch
 
     from monkey_kernels import backend_report
+    from monkey_kernels.backend import ENVIRONMENT_VARIABLE, requested_backend
 
+    try:
+        backend = requested_backend()
+    except ValueError as error:
+        _error(str(error))
+        raise typer.Exit(2) from None
     versions = Table("package", "version", title="Versions")
     versions.add_row("python", platform.python_version())
     for package in ("monkey-vision", "torch", "triton", "transformers", "peft", "pillow"):
@@ -326,21 +414,22 @@ def doctor() -> None:
         properties = torch.cuda.get_device_properties(index)
         memory = f"{properties.total_memory / 2**30:.0f} GiB"
         devices.add_row(f"cuda:{index}", properties.name, memory)
-    kernels = Table("op", "device", "runs", "why not Triton", title="Kernels")
+    kernels = Table("op", "device", "auto runs", "Triton", title="Kernels")
     for row in backend_report():
-        kernels.add_row(row.op, row.device, row.auto, row.why_not_triton or "")
+        kernels.add_row(row.op, row.device, row.auto, row.why_not_triton or "can run")
     for table in (versions, devices, kernels):
         out_console.print(table)
+    _say(out_console, f"{ENVIRONMENT_VARIABLE}: {backend}")
 
 
 def main() -> None:
     """Entry point of the ``monkey`` command."""
     try:
         app()
-    except BrokenPipeError:
-        # The reader (head, less) has gone; Python would complain again when it flushes at exit.
+    except OSError as error:  # of the terminal or pipe: the commands report all others
+        # Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        sys.exit(1 if isinstance(error, BrokenPipeError) else f"Error: output: {error}")
 
 
 if __name__ == "__main__":

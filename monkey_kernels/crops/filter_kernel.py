@@ -143,10 +143,11 @@ def _load_pixels(row_ptr, mask, pixels, GROUPS: tl.constexpr):
 
 @triton.jit
 def _load_plane(row_ptr, mask, end, GROUPS: tl.constexpr):
-    """``4 * GROUPS`` bytes from each aligned ``row_ptr`` [A] on, up to ``end``."""
+    """``4 * GROUPS`` bytes from each ``row_ptr`` [A] on, up to ``end``; both multiples of 16."""
     index = tl.arange(0, GROUPS)[None, :]
-    word_ptr = row_ptr.to(tl.pointer_type(tl.uint32), bitcast=True)[:, None] + index
-    word = tl.load(word_ptr, mask[:, None] & (4 * index < end), other=0)
+    word_ptr = row_ptr.to(tl.pointer_type(tl.uint32), bitcast=True)
+    word_ptr = tl.multiple_of(word_ptr, 16)[:, None] + index
+    word = tl.load(word_ptr, mask[:, None] & (index < end // 4), other=0)
     return _interleave(_byte(word, 0), _byte(word, 1), _byte(word, 2), _byte(word, 3))
 
 

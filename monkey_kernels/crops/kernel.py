@@ -12,7 +12,7 @@ What was considered:
 * One kernel for both passes, with the first pass's tile in registers: no scratch, but it needs the
   sums of six [64, 16] tiles at once. Compiled for sm_90 it took 218 to 255 registers, and spilled
   at most tile sizes tried (up to 1240 bytes): too few threads to hide a load. A pass of its own
-  takes 120 to 150, by Triton's version, and 73 on sm_100, where sums have a memory of their own.
+  takes 120 to 150 there for 8 warps, by Triton's version.
 * The two-dimensional window per output, 300 taps for bicubic at 12 MP against 35: never.
 * A loop over the taps on CUDA cores: loads of single bytes, 13 bytes apart, one per tap and output.
   The band form loads a byte 1.4 times; its products are 3.5 GFLOP, 4 us of an H100's tensor cores.

@@ -41,6 +41,20 @@ def test_context_manager_nests_and_restores(monkeypatch):
     assert requested_backend() == "torch"
 
 
+def test_overlapping_blocks(monkeypatch):
+    """Two threads' blocks need not end in the order in which they began."""
+    first, second = use_backend("torch"), use_backend("auto")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert requested_backend() == "auto"
+    second.__exit__(None, None, None)
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "triton")
+    assert requested_backend() == "triton"
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "")
+    assert requested_backend() == "auto"
+
+
 def test_unknown_names(monkeypatch):
     with pytest.raises(ValueError, match=r"name must be one of auto, triton, torch; got 'cuda'"):
         use_backend("cuda").__enter__()

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from monkey_kernels import CLIP_MEAN, CLIP_STD, extract_crops, use_backend
 from monkey_kernels.crops import plan
+from monkey_kernels.crops.op import _extract_crops
 from monkey_kernels.crops.reference import extract_crops_reference, place, vertical_first
 
 triton = pytest.importorskip("triton")
@@ -182,6 +183,15 @@ def test_float_gradient_is_that_of_the_reference():
             extract_crops(leaf, crop_size=14, layout="patches").backward(grad)
         gradients.append(leaf.grad)
     assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("layout", ["crops", "patches"])
+@pytest.mark.parametrize("as_float", [False, True])
+def test_the_registered_op(as_float, layout):
+    image = torch.rand(3, 9, 11, device=DEVICE, requires_grad=True) if as_float else photo(9, 11)
+    settings = ([1, 1], 14, "bicubic", "pad", list(CLIP_MEAN), list(CLIP_STD), torch.float32)
+    with use_backend("triton"):
+        torch.library.opcheck(_extract_crops, ([image], *settings, layout))
 
 
 def test_nan_in_a_float_image_reaches_the_crop():

@@ -103,6 +103,38 @@ def test_pickles_run_no_code(tmp_path):
         load_visual(tmp_path, allow_pickle=True)
 
 
+def test_pickles_of_before_torch_1_6(tmp_path, encoder):
+    write_config(tmp_path)
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(full_state(encoder) | {7: 8}, path, _use_new_zipfile_serialization=False)
+    assert_same(load_visual(tmp_path, allow_pickle=True), encoder)
+    path.write_text("nonsense")
+    with pytest.raises(ValueError, match="is no readable weights file: it is damaged"):
+        load_visual(tmp_path, allow_pickle=True)
+
+
+def test_what_is_no_weight_is_named(tmp_path, encoder):
+    write_config(tmp_path)
+    state = full_state(encoder) | {
+        PREFIX + "proj": "text",
+        PREFIX + "ln_pre.bias": torch.ones(16).int(),
+    }
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError) as error:
+        load_visual(tmp_path, allow_pickle=True)
+    assert "transformer.visual.proj must be a tensor of floats, got str" in str(error.value)
+    assert "transformer.visual.ln_pre.bias must be a tensor of floats, got torch.int32" in str(
+        error.value
+    )
+
+
+def test_arguments(checkpoint):
+    with pytest.raises(TypeError, match=r"dtype must be one of .*; got float16"):
+        load_visual(checkpoint, dtype="float16")
+    with pytest.raises(TypeError, match="interpolaton"):
+        load_visual(checkpoint, interpolaton="bilinear")
+
+
 def test_missing_files(tmp_path, checkpoint):
     with pytest.raises(FileNotFoundError, match=r"checkpoint must be a directory; got .*nowhere"):
         load_visual(tmp_path / "nowhere")
@@ -111,7 +143,7 @@ def test_missing_files(tmp_path, checkpoint):
     with pytest.raises(FileNotFoundError, match=r"checkpoint has no config.json"):
         load_visual(empty)
     write_config(empty)
-    with pytest.raises(FileNotFoundError, match=r"checkpoint has no tensor transformer.visual"):
+    with pytest.raises(FileNotFoundError, match=r"has no transformer.visual.\* in any of model"):
         load_visual(empty)
     (checkpoint / "b.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"shards are missing: .*b\.safetensors"):
@@ -133,6 +165,9 @@ def test_broken_files(tmp_path, checkpoint):
     with pytest.raises(ValueError, match="must hold a JSON object; got list"):
         load_visual(checkpoint)
     (checkpoint / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json must be JSON"):
+        load_visual(checkpoint)
+    (checkpoint / "config.json").write_bytes(b"\xff{}")
     with pytest.raises(ValueError, match=r"config\.json must be JSON"):
         load_visual(checkpoint)
     (checkpoint / "config.json").write_text("{}")

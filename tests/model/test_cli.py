@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from importlib.resources import files
@@ -53,6 +54,7 @@ def read(path):
 
 
 def picture(path, colour="red"):
+    path.parent.mkdir(exist_ok=True)
     Image.new("RGB", (40, 30), colour).save(path)
     return path
 
@@ -64,7 +66,7 @@ def test_sample_without_a_checkpoint(run, tmp_path):
     assert "harbour.jpg -> crops.png" in output
     tokens, metadata = read("tokens.safetensors")
     assert tokens.shape == (1280, 512) and torch.isfinite(tokens).all()
-    assert metadata["image_size"] == "960x1280"
+    assert metadata["decoded_size"] == "960x1280"
     assert metadata["checkpoint"] == "none: random weights"
     with Image.open("crops.png") as preview:
         assert preview.size == (3 * 464 + 32, 2 * 500 + 16)
@@ -104,7 +106,8 @@ def test_fast_decode(run, tmp_path):
     run("encode", "large.jpg", "--out", "exact.safetensors")
     run("encode", "large.jpg", "--fast-decode", "--out", "fast.safetensors")
     exact, fast = read("exact.safetensors"), read("fast.safetensors")
-    assert (exact[1]["image_size"], fast[1]["image_size"]) == ("4800x4000", "1200x1000")
+    assert (exact[1]["decoded_size"], fast[1]["decoded_size"]) == ("4800x4000", "1200x1000")
+    assert (exact[1]["fast_decode"], fast[1]["fast_decode"]) == ("false", "true")
     assert 0 < relative_l2(fast[0], exact[0]) < 0.2
 
 
@@ -116,7 +119,7 @@ def test_one_bad_image_among_many(run, tmp_path):
     images = [good[0], bad, good[1], missing, good[2]]
     output = run("encode", *images, "--batch-size", "2", code=1)
     assert "bad.jpg' is not an image file" in output
-    assert "missing.jpg" in output and "2 of 5 images could not be read" in output
+    assert "missing.jpg" in output and "2 of 5 images were not encoded" in output
     names = sorted(path.name for path in (tmp_path / "tokens").iterdir())
     assert names == ["blue.png.safetensors", "green.png.safetensors", "red.png.safetensors"]
     # Batching changes nothing.
@@ -143,16 +146,73 @@ def test_usage_errors(run, tmp_path, checkpoint):
     a = picture(tmp_path / "a.png")
     (tmp_path / "b").mkdir()
     b = picture(tmp_path / "b" / "a.png")
-    assert "would both be written to" in run("encode", a, b, code=2)
-    assert "must be a folder" in run("encode", a, b, "--out", "x.safetensors", code=2)
+    assert "would be written over the tokens of" in run("encode", a, b, code=2)
+    assert "or a folder" in run("encode", a, b, "--out", "x.safetensors", code=2)
+    assert "or a folder" in run("encode", a, "--out", "x.pt", code=2)
+    assert "--preview must be a .png file" in run("encode", a, "--preview", "x.jpg", code=2)
+    assert "ROWSxCOLUMNS" in run("encode", a, "--grid", "", code=2)
     assert "ROWSxCOLUMNS" in run("encode", a, "--grid", "2", code=2)
     assert "ROWSxCOLUMNS" in run("encode", a, "--grid", "0x2", code=2)
     assert "must be a directory; got nowhere" in run("encode", a, "--checkpoint", "nowhere", code=2)
     assert "allow_urls is False" in run("encode", "https://example.com/a.png", code=1)
     many = run("encode", a, "--checkpoint", checkpoint, "--grid", "3x3", code=2)
     assert "9 local crops but there are 4 adapters" in many
-    assert "Error" in run("encode", a, "--device", "nonsense", code=2)
+    for device in ("nonsense", "meta", "cuda:99"):
+        output = run("encode", a, "--device", device, code=2)
+        assert f"--device {device} cannot be used" in output
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_no_input_is_written_over(run, tmp_path):
+    a = picture(tmp_path / "a.png")
+    before = a.read_bytes()
+    output = run("encode", a, "--preview", tmp_path / "b" / ".." / "a.png", code=2)
+    assert "the preview would be written over the image" in output
+    assert a.read_bytes() == before
+
+
+def test_outputs_that_cannot_be_written(run, tmp_path):
+    a, b = picture(tmp_path / "a.png"), picture(tmp_path / "b.png")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.safetensors").mkdir()
+    output = run("encode", a, b, "--out", "file", code=2)
+    assert "the output cannot be written" in output
+    output = run("encode", a, b, "--out", "file/tokens", code=2)
+    assert "the output cannot be written" in output
+    output = run("encode", a, "--out", "folder.safetensors", code=1)
+    assert "a.png cannot be written" in output
+    # A name that has no room for the ending: reported, and the others are encoded.
+    long = picture(tmp_path / ("x" * 250 + ".png"))
+    output = run("encode", long, a, code=1)
+    assert "1 of 2 images were not encoded" in output
+    assert [path.name for path in (tmp_path / "tokens").iterdir()] == ["a.png.safetensors"]
+
+
+def test_names_are_no_markup(run, tmp_path):
+    strange = ["[red]x[/red].png", "q[/x].png", ":smile:.png", os.fsdecode(b"caf\xe9.png")]
+    images = [picture(tmp_path / name) for name in strange]
+    output = run("encode", *images, "--preview", "[bold]p[/].png")
+    for name in [*strange[:3], "caf\\xe9.png", "-> [bold]p[/].png"]:
+        assert name in output
+    assert len(list((tmp_path / "tokens").iterdir())) == 4
+    assert (tmp_path / "[bold]p[" / "].png").exists()
+
+
+def test_passwords_are_not_shown(run):
+    output = run("encode", "https://alice:secret@127.0.0.1/a.png", "--allow-urls", code=1)
+    assert "***@127.0.0.1" in output and "secret" not in output
+
+
+def test_backend_from_the_environment(run, tmp_path, monkeypatch):
+    a = picture(tmp_path / "a.png")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("MONKEY_KERNELS_BACKEND", "triton")
+    if not torch.cuda.is_available():
+        assert "'triton' was requested" in run("encode", a, "--device", "cpu", code=2)
+    assert "MONKEY_KERNELS_BACKEND: triton" in run("doctor")
+    monkeypatch.setenv("MONKEY_KERNELS_BACKEND", "quick")
+    assert "must be one of auto, triton, torch" in run("encode", a, code=2)
+    assert "must be one of auto, triton, torch" in run("doctor", code=2)
 
 
 def test_pickle_checkpoint(run, tmp_path):

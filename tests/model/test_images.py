@@ -769,7 +769,7 @@ def test_fetch_with_fast_decode_and_exif(web: str, monkeypatch: pytest.MonkeyPat
     ["127.0.0.1", "localhost", "127.1", "2130706433", "0.0.0.0", "[::1]", "[::ffff:127.0.0.1]"],
 )
 def test_loopback_is_refused(server: Server, host: str) -> None:
-    with pytest.raises(ValueError, match=r"' is refused: .*, which is not a public address"):
+    with pytest.raises(ValueError, match=r"' is refused: .* is not a public address"):
         fetch(f"http://{host}:{server.server_port}/image")
     assert not server.requests
 
@@ -863,7 +863,7 @@ def test_redirect(web: str, server: Server, location: str) -> None:
 
 def test_redirect_to_a_private_address(web: str, server: Server) -> None:
     url = f"{web}/redirect/http://127.0.0.1:PORT/image"
-    with pytest.raises(ValueError, match=r"is refused: 127\.0\.0\.1 is 127\.0\.0\.1, which is not"):
+    with pytest.raises(ValueError, match=r"is refused: 127\.0\.0\.1 is not a public"):
         fetch(url)
     assert len(server.requests) == 1
 

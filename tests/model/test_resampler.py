@@ -166,6 +166,18 @@ def test_built_once_and_rebuilt_when_a_parameter_changes(builds):
     assert len(builds) == before + 2
 
 
+def test_rebuilt_after_a_fused_optimizer_step(builds):
+    """It does not count the parameters' versions."""
+    resampler, x = make_resampler(), torch.randn(2, 64, 96)
+    assert_is_plain_form(resampler, x)
+    trained = [p for p in resampler.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.05, fused=True)
+    resampler(x).square().mean().backward()
+    optimizer.step()
+    assert_is_plain_form(resampler, x)
+    assert len(builds) == 2
+
+
 def test_rebuilt_after_cast_load_and_replacement(builds):
     resampler, x = make_resampler(), torch.randn(2, 64, 96)
     assert_is_plain_form(resampler, x)

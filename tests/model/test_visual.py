@@ -257,6 +257,15 @@ def test_adapter_dropout():
     torch.testing.assert_close(first[4], second[4])  # the global crop has no adapter
 
 
+def test_kinds_of_adapter_index():
+    encoder, crops = small_encoder(), torch.randn(3, 3, 28, 28)
+    with torch.no_grad():
+        expected = encoder(crops, [0, 1, 2])
+        for index in (range(3), (0, 1, 2), list(np.arange(3))):
+            assert torch.equal(encoder(crops, index), expected)
+        assert encoder(crops[:0]).shape == (0, 4, 128)
+
+
 def test_without_adapters():
     encoder = small_encoder(lora_repeat_num=0)
     assert not any("lora" in name for name in encoder.state_dict())
@@ -434,7 +443,16 @@ def test_cast_dtype_is_not_a_quantised_weights():
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"heads": 3}, ValueError, "num_heads must divide embed_dim; got num_heads 3 and .* 16"),
+        ({"heads": 3}, ValueError, "heads must divide width; got heads 3 and width 16"),
+        ({"heads": "2"}, TypeError, "heads must be an int; got str"),
+        ({"layers": True}, TypeError, "layers must be an int; got bool"),
+        ({"lora_repeat_num": -1}, ValueError, "lora_repeat_num must be at least 0; got -1"),
+        ({"mlp_ratio": "2"}, TypeError, "mlp_ratio must be a number; got str"),
+        ({"mlp_ratio": float("inf")}, ValueError, "mlp_ratio must give .*; got inf"),
+        ({"mlp_ratio": -1.0}, ValueError, "mlp_ratio must give .*; got -1"),
+        ({"image_size": "56"}, TypeError, "image_size must be an int; got str"),
+        ({"image_size": [56]}, ValueError, r"a side or \(height, width\); got \[56\]"),
+        ({"n_queries": -4}, ValueError, "n_queries must be positive; got -4"),
         ({"crop_size": 30}, ValueError, "crop_size must be a multiple of patch_size, 14; got 30"),
         ({"image_size": 57}, ValueError, "image_size must be a multiple of crop_size, 28.*got 57"),
         ({"image_size": 0}, ValueError, "image_size must be positive; got 0"),
