@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from monkey_model.resampler import Resampler
 
 
+# Of the triangle R. 4 take half the time of the whole square on a CPU, 8 are hardly faster.
+_NORM_BLOCKS = 4
+
+
 @dataclass(frozen=True)
 class FoldedResampler:
     """The constants of a resampler for crops of N tokens; see the module's docstring."""
@@ -51,8 +55,7 @@ class FoldedResampler:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Tokens [crops, N, Dv] to visual tokens [crops, Nq, E]."""
-        norm = F.linear(x, self.norm).to(self.out_bias.dtype)
-        inverse = (norm.square().sum(-1, keepdim=True) + self.eps).rsqrt()
+        inverse = (self._square_norm(x) + self.eps).rsqrt()
         scaled = x * inverse  # promoted to float32
         mean = scaled.mean(dim=1, keepdim=True)
         key, value = F.linear((scaled - mean).to(x.dtype), self.kv_weight).chunk(2, dim=-1)
@@ -64,6 +67,17 @@ class FoldedResampler:
         with torch.autocast(x.device.type, enabled=False):
             bias = F.linear(mean, self.mean_weight, self.out_bias)
         return (out + bias).to(out.dtype)
+
+    def _square_norm(self, x: Tensor) -> Tensor:
+        """|R x|^2, [crops, N, 1] in float32: row blocks of R, without the zeros before them."""
+        rows = x.flatten(0, 1)
+        step = -(-rows.shape[1] // _NORM_BLOCKS)
+        total = torch.zeros((), dtype=self.out_bias.dtype, device=x.device)
+        for start in range(0, rows.shape[1], step):
+            block = self.norm[start : start + step, start:]
+            y = F.linear(rows[:, start:], block).to(total.dtype)
+            total = total + y.square().sum(-1, keepdim=True)
+        return total.unflatten(0, x.shape[:2])
 
 
 def fold_resampler(resampler: Resampler, position_table: Tensor) -> FoldedResampler:

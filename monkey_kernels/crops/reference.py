@@ -122,6 +122,16 @@ def _filter_rows(x: Tensor, out_size: int, interpolation: str) -> Tensor:
     return y
 
 
+def _shrinks_fast(image: Tensor, axis: int, out_size: int) -> bool:
+    return image.device.type == "cpu" and image.shape[axis] >= _FAST_SHRINK * out_size
+
+
+def _torch_filter(image: Tensor, height: int, width: int, interpolation: str) -> Tensor:
+    nchw = image.permute(2, 0, 1).unsqueeze(0)
+    y = F.interpolate(nchw, (height, width), mode=interpolation, antialias=True)
+    return y[0].permute(1, 2, 0)
+
+
 def _resize_axis(
     image: Tensor, axis: int, out_size: int, interpolation: str, exact: bool
 ) -> Tensor:
@@ -129,12 +139,9 @@ def _resize_axis(
     in_size = image.shape[axis]
     if in_size == out_size:
         return image
-    if not exact and image.device.type == "cpu" and in_size >= _FAST_SHRINK * out_size:
-        size = list(image.shape[:2])
-        size[axis] = out_size
-        nchw = image.permute(2, 0, 1).unsqueeze(0)
-        y = F.interpolate(nchw, size, mode=interpolation, antialias=True)
-        return y[0].permute(1, 2, 0)
+    if not exact and _shrinks_fast(image, axis, out_size):
+        size = (out_size, image.shape[1]) if axis == 0 else (image.shape[0], out_size)
+        return _torch_filter(image, *size, interpolation)
     rows = image.movedim(axis, 0)
     y = _filter_rows(rows.reshape(in_size, -1), out_size, interpolation)
     return y.view(out_size, *rows.shape[1:]).movedim(0, axis)
@@ -156,7 +163,11 @@ def resize_uint8(
     most 0.5 % of the values.
     """
     height, width = image.shape[:2]
-    for axis in (0, 1) if vertical_first((height, width), size) else (1, 0):
+    axes = (0, 1) if vertical_first((height, width), size) else (1, 0)
+    if not exact and axes == (1, 0) and all(_shrinks_fast(image, i, size[i]) for i in axes):
+        # Both passes in one call, which reads the photo once: half the time of two.
+        return _torch_filter(image, *size, interpolation)
+    for axis in axes:
         image = _resize_axis(image, axis, size[axis], interpolation, exact)
     return image
 

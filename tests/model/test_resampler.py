@@ -314,8 +314,8 @@ def test_export(fold):
         torch.testing.assert_close(program.module()(x), expected, rtol=1e-4, atol=1e-5)
     graphs = [m.graph for m in program.graph_module.modules() if hasattr(m, "graph")]
     products = [n for graph in graphs for n in graph.nodes if "linear" in str(n.target)]
-    # Folded: R, [K; V], W_o, the mean's share. Else: kv_proj, query, key, value, W_o.
-    assert len(products) == (4 if fold else 5)
+    # Folded: R in 4 blocks, [K; V], W_o, the mean's share. Else: kv_proj, query, key, value, W_o.
+    assert len(products) == (7 if fold else 5)
 
 
 @pytest.mark.parametrize("fold", [True, False])

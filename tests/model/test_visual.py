@@ -325,6 +325,18 @@ def test_settings_come_from_a_config_and_unknown_keys_are_ignored():
     assert VisionTransformer(**{**SMALL, "image_size": [28, 84]}).grid == (1, 3)
 
 
+def test_patch_embedding_is_the_convolution():
+    encoder, crops = small_encoder(), torch.randn(2, 3, 28, 28)
+    expected = encoder.conv1(crops).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(encoder._embed_patches(crops), expected)
+
+    class Wrapped(torch.nn.Conv2d):
+        pass
+
+    encoder.conv1.__class__ = Wrapped
+    assert torch.equal(encoder._embed_patches(crops), expected)
+
+
 def test_half_precision_runs():
     for dtype in (torch.float16, torch.bfloat16):
         encoder = small_encoder().to(dtype)
