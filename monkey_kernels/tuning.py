@@ -31,7 +31,7 @@ def launch_parameters(kernel: str, default: Parameters, device: torch.device) ->
 
     Raises:
         ValueError: the file is not JSON, or gives ``kernel`` an unknown parameter or a value that
-            is not a power of two.
+            is not a power of two (for stages: a positive number).
     """
     if device.type != "cuda":
         return default
@@ -63,8 +63,10 @@ def from_file(path: Path, kernel: str, default: Parameters) -> Parameters:
             raise ValueError(
                 f"{path}: {kernel} has no parameter {name!r}; it takes {', '.join(known)}"
             )
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{path}: {kernel}.{name} must be a positive int; got {value!r}")
         # Tile sides and warps: Triton takes no others.
-        if type(value) is not int or value < 1 or value & (value - 1):
+        if value & (value - 1) and name != "num_stages":
             raise ValueError(f"{path}: {kernel}.{name} must be a power of two; got {value!r}")
     return dataclasses.replace(default, **values)
 

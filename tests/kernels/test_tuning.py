@@ -13,22 +13,23 @@ from monkey_kernels import tuning
 class Parameters:
     block: int = 64
     num_warps: int = 4
+    num_stages: int = 2
 
 
 def test_a_device_file_overrides_the_default(tmp_path, monkeypatch):
     path = tmp_path / "nvidia-h100-80gb-hbm3.json"
-    path.write_text(json.dumps({"cut": {"block": 128}, "other": {}}))
+    path.write_text(json.dumps({"cut": {"block": 128, "num_stages": 3}, "other": {}}))
     monkeypatch.setattr(tuning, "CONFIGS", tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     device = torch.device("cuda", 0)
-    assert tuning.launch_parameters("cut", Parameters(), device) == Parameters(block=128)
+    assert tuning.launch_parameters("cut", Parameters(), device) == Parameters(128, num_stages=3)
     assert tuning.launch_parameters("other", Parameters(), device) == Parameters()
     assert tuning.launch_parameters("cut", Parameters(), torch.device("cpu")) == Parameters()
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
     assert tuning.launch_parameters("cut", Parameters(), device) == Parameters()
     assert tuning.shipped("cut", Parameters()) == {
         "default": Parameters(),
-        "nvidia-h100-80gb-hbm3": Parameters(block=128),
+        "nvidia-h100-80gb-hbm3": Parameters(128, num_stages=3),
     }
 
 
@@ -38,9 +39,13 @@ def test_a_device_file_overrides_the_default(tmp_path, monkeypatch):
         ("{", "bad.json is not JSON"),
         ("[]", "bad.json must hold an object of objects"),
         ('{"cut": 3}', "bad.json must hold an object of objects"),
-        ('{"cut": {"blok": 1}}', "cut has no parameter 'blok'; it takes block, num_warps"),
+        (
+            '{"cut": {"blok": 1}}',
+            "cut has no parameter 'blok'; it takes block, num_warps, num_stages",
+        ),
         ('{"cut": {"block": 48}}', "cut.block must be a power of two; got 48"),
-        ('{"cut": {"block": true}}', "cut.block must be a power of two; got True"),
+        ('{"cut": {"block": true}}', "cut.block must be a positive int; got True"),
+        ('{"cut": {"num_stages": 0}}', "cut.num_stages must be a positive int; got 0"),
     ],
 )
 def test_a_bad_file_is_named(tmp_path, text, message):
