@@ -20,7 +20,8 @@ if not interpreting():
 tilelens = pytest.importorskip("tilelens")
 
 from tilelens.clients.sanitizer.sanitizer import SymbolicSanitizer  # noqa: E402
-from triton.runtime.interpreter import InterpreterBuilder  # noqa: E402
+from tilelens.core.patch import _frontend  # noqa: E402
+from triton.runtime.interpreter import InterpreterBuilder, interpreter_builder  # noqa: E402
 
 from monkey_kernels.crops import kernel  # noqa: E402
 
@@ -134,13 +135,11 @@ class Sanitizer(SymbolicSanitizer):
 @pytest.fixture
 def sanitizer(monkeypatch):
     """Runs ``cut_kernel`` symbolically; the other kernels are interpreted."""
-    load = InterpreterBuilder.create_masked_load
-    arguments = load.__code__.co_argcount - 1
-
-    def shorter(self, *args):
-        return load(self, *args[:arguments])
-
-    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", shorter)
+    arguments = InterpreterBuilder.create_masked_load.__code__.co_argcount - 1
+    # Where tilelens keeps the operators that it wraps, from its first use in the process on.
+    originals = _frontend("triton").original_ops[interpreter_builder]
+    load = originals["create_masked_load"]
+    monkeypatch.setitem(originals, "create_masked_load", lambda *args: load(*args[:arguments]))
     client = Sanitizer(abort_on_error=False)
     monkeypatch.setattr(kernel, "cut_kernel", tilelens.trace(client)(kernel.cut_kernel))
     return client
