@@ -133,12 +133,12 @@ class Resampler(nn.Module):
     def fold(self, enabled: bool = True) -> Resampler:
         """Allow (the default) or forbid the folded form; see :mod:`monkey_model.folded`.
 
-        Where it is allowed, it runs in eval mode while gradients are off, on plain modules (not
-        where an adapter or a quantised layer wraps a projection). It is built at the first such
-        call, and again when a parameter has changed, moved or been cast, or a call with gradients
-        came between. A change through ``parameter.data`` leaves no trace: call ``fold()`` after
-        it. Compiled and exported graphs use what an eager call has built, with the parameters of
-        that time, until the module is moved, loaded or trained.
+        Where it is allowed, it runs in eval mode while gradients are off, on plain modules: not
+        where an adapter or a quantised layer wraps a projection, or a hook watches one. It is built
+        at the first such call, and again when a parameter has changed, moved or been cast, or a
+        call with gradients came between. A change through ``parameter.data`` leaves no trace: call
+        ``fold()`` after it. Compiled and exported graphs use what an eager call has built, with the
+        parameters of that time, until the module is moved, loaded or trained.
         """
         self.fold_enabled = enabled
         self._folded = None
@@ -155,7 +155,12 @@ class Resampler(nn.Module):
             and type(self.attn.out_proj) is nn.modules.linear.NonDynamicallyQuantizableLinear
             and type(self.ln_kv) is nn.LayerNorm
             and self.ln_kv.bias is not None
+            # A hook on a part expects that part to be called.
+            and not any(m._forward_hooks or m._forward_pre_hooks for m in self._parts())
         )
+
+    def _parts(self) -> tuple[nn.Module, ...]:
+        return self.kv_proj, self.attn, self.attn.out_proj, self.ln_q, self.ln_kv
 
     def _fold(self, tokens: int) -> FoldedResampler | None:
         """The folded form for crops of this many tokens, None where it cannot be used."""
@@ -164,17 +169,19 @@ class Resampler(nn.Module):
             self._folded = None
         if not self._foldable():
             return None
+        cached = self._folded  # read once: another thread may drop it meanwhile
         if torch.compiler.is_compiling():
-            return self._folded[1] if self._folded and self._folded[0][0] == tokens else None
+            return cached[1] if cached is not None and cached[0][0] == tokens else None
         parameters = list(self.parameters())
         if any(p.is_inference() or p.is_meta for p in parameters):
             return None  # changes to these cannot be seen
         key = (tokens, *((p.data_ptr(), p._version, p.dtype, p.device) for p in parameters))
-        if self._folded is None or self._folded[0] != key:
+        if cached is None or cached[0] != key:
             with torch.autocast(parameters[0].device.type, enabled=False):
                 table = get_abs_pos(self.pos_embed.detach(), tokens)
-                self._folded = (key, fold_resampler(self, table))
-        return self._folded[1]
+                cached = (key, fold_resampler(self, table))
+            self._folded = cached
+        return cached[1]
 
     def train(self, mode: bool = True) -> Resampler:
         """As ``nn.Module.train``; training drops the folded form."""

@@ -222,6 +222,16 @@ def test_parameters_made_in_inference_mode_are_not_folded(builds):
     assert not builds
 
 
+def test_hooks_on_a_part_are_called(builds):
+    resampler, x, seen = make_resampler(), torch.randn(2, 64, 96), []
+    handle = resampler.attn.out_proj.register_forward_hook(lambda *arguments: seen.append(1))
+    assert_is_plain_form(resampler, x)
+    assert seen and not builds
+    handle.remove()
+    assert_is_plain_form(resampler, x)
+    assert len(builds) == 1
+
+
 def test_copies_and_pickles_leave_the_cache(builds):
     resampler, x = make_resampler(), torch.randn(2, 64, 96)
     assert_is_plain_form(resampler, x)
