@@ -1,0 +1,219 @@
+"""The blocks of the ViT under upstream's names: attention, MLP, and the adapters beside them.
+
+Their tensors are [N, crops, E], as upstream's; inside, each works on the transposed view
+[crops, N, E], which is contiguous where :class:`monkey_model.visual.VisionTransformer` calls them.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from monkey_model.lora import AdapterSelection, adapter_bank, add_adapters
+
+
+class VisualAttention(nn.Module):
+    """Self-attention with a packed projection and per-crop adapters; [N, crops, E], as upstream.
+
+    The packed projection is head-major: each head's q, k and v lie side by side, so all three are
+    strided views that ``F.scaled_dot_product_attention`` reads where they are.
+
+    Args:
+        embed_dim: width E.
+        num_heads: heads; divides E.
+        lora_repeat_num: number of adapters.
+
+    Raises:
+        ValueError: num_heads does not divide embed_dim, or kdim or vdim is another width.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        bias: bool = True,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        lora_repeat_num: int = 4,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or embed_dim % num_heads:
+            raise ValueError(
+                f"num_heads must divide embed_dim; got num_heads {num_heads} and embed_dim "
+                f"{embed_dim}"
+            )
+        for name, dim in (("kdim", kdim), ("vdim", vdim)):
+            if dim not in (None, embed_dim):
+                raise ValueError(
+                    f"{name} must be embed_dim, {embed_dim} (self-attention); got {dim}"
+                )
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        # Upstream ignores `bias` too: its checkpoints have both biases.
+        self.in_proj = nn.Linear(embed_dim, 3 * embed_dim)
+        self.in_proj_lora = adapter_bank(lora_repeat_num, embed_dim, 3 * embed_dim)
+        self.out_proj = nn.Linear(embed_dim, embed_dim)
+        self.out_proj_lora = adapter_bank(lora_repeat_num, embed_dim, embed_dim)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        idx: AdapterSelection = None,
+    ) -> Tensor:
+        """``query``, ``key`` and ``value`` are one tensor [N, crops, E]; returns its shape.
+
+        ``attn_mask`` is added to the scores: [N, N], or [crops * heads or 1, N, N].
+
+        Raises:
+            ValueError: key or value is not the tensor query.
+        """
+        if key is not query or value is not query:
+            raise ValueError("key and value must be the tensor query itself (self-attention)")
+        x = query.transpose(0, 1)
+        crops, tokens, _ = x.shape
+        packed = add_adapters(self.in_proj(x), x, self.in_proj_lora, idx)
+        head_width = self.embed_dim // self.num_heads
+        heads = packed.view(crops, tokens, self.num_heads, 3 * head_width).transpose(1, 2)
+        q, k, v = heads.chunk(3, dim=-1)
+        if attn_mask is not None and attn_mask.dim() == 3:
+            attn_mask = attn_mask.unflatten(0, (-1, self.num_heads if len(attn_mask) > 1 else 1))
+        context = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+        context = context.transpose(1, 2).flatten(2)
+        out = add_adapters(self.out_proj(context), context, self.out_proj_lora, idx)
+        return out.transpose(0, 1)
+
+
+class VisualAttentionBlock(nn.Module):
+    """Pre-norm transformer block; its third adapter bank reads the residual before ``ln_2``.
+
+    Args:
+        d_model: width.
+        n_head: attention heads.
+        mlp_ratio: hidden width of the MLP over d_model.
+        act_layer: makes the activation.
+        norm_layer: makes the LayerNorms.
+        is_cross_attention: kept for upstream's signature; only False works, there as here.
+        lora_repeat_num: number of adapters of each projection.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_head: int,
+        mlp_ratio: float = 4.0,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+        is_cross_attention: bool = False,
+        lora_repeat_num: int = 4,
+    ) -> None:
+        super().__init__()
+        if is_cross_attention:
+            raise ValueError("is_cross_attention must be False: only self-attention is supported")
+        mlp_width = int(d_model * mlp_ratio)
+        self.ln_1 = norm_layer(d_model)
+        self.ln_2 = norm_layer(d_model)
+        self.attn = VisualAttention(d_model, n_head, lora_repeat_num=lora_repeat_num)
+        self.mlp = nn.Sequential(
+            OrderedDict(
+                c_fc=nn.Linear(d_model, mlp_width),
+                gelu=act_layer(),
+                c_proj=nn.Linear(mlp_width, d_model),
+            )
+        )
+        self.mlp_lora = adapter_bank(lora_repeat_num, d_model, d_model, r=32)
+
+    def attention(
+        self,
+        q_x: Tensor,
+        k_x: Tensor | None = None,
+        v_x: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        idx: AdapterSelection = None,
+    ) -> Tensor:
+        """The attention alone, [N, crops, d_model]; ``k_x`` and ``v_x`` default to ``q_x``."""
+        k_x = q_x if k_x is None else k_x
+        v_x = q_x if v_x is None else v_x
+        mask = None if attn_mask is None else attn_mask.to(q_x.dtype)
+        return self.attn(q_x, k_x, v_x, attn_mask=mask, idx=idx)
+
+    def forward(
+        self,
+        q_x: Tensor,
+        k_x: Tensor | None = None,
+        v_x: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        idx: AdapterSelection = None,
+    ) -> Tensor:
+        """[N, crops, d_model] to the same; ``k_x`` and ``v_x`` are unused, as upstream."""
+        x = q_x + self.attention(self.ln_1(q_x), attn_mask=attn_mask, idx=idx)
+        out = x + self.mlp(self.ln_2(x))
+        residual, out = x.transpose(0, 1), out.transpose(0, 1)
+        return add_adapters(out, residual, self.mlp_lora, idx).transpose(0, 1)
+
+
+class TransformerBlock(nn.Module):
+    """The stack of blocks (upstream's name)."""
+
+    def __init__(
+        self,
+        width: int,
+        layers: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+        lora_repeat_num: int = 4,
+    ) -> None:
+        super().__init__()
+        self.width = width
+        self.layers = layers
+        # The two names that transformers' gradient_checkpointing_enable looks for and sets.
+        self.gradient_checkpointing = False
+        self._gradient_checkpointing_func: Callable[..., Tensor] = partial(
+            checkpoint, use_reentrant=False
+        )
+        self.resblocks = nn.ModuleList(
+            VisualAttentionBlock(
+                width,
+                heads,
+                mlp_ratio,
+                act_layer=act_layer,
+                norm_layer=norm_layer,
+                lora_repeat_num=lora_repeat_num,
+            )
+            for _ in range(layers)
+        )
+
+    def _norm_weight(self) -> Tensor:
+        # A LayerNorm is never quantised; upstream asks c_fc, which under 4-bit is uint8.
+        return cast(VisualAttentionBlock, self.resblocks[0]).ln_1.weight  # type: ignore[return-value]
+
+    def get_cast_dtype(self) -> torch.dtype:
+        """The dtype that the blocks compute in."""
+        return self._norm_weight().dtype
+
+    def get_cast_device(self) -> torch.device:
+        """The device of the first block."""
+        return self._norm_weight().device
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, idx: AdapterSelection = None
+    ) -> Tensor:
+        """[N, crops, width] -> [N, crops, width]."""
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        for block in self.resblocks:
+            if recompute:
+                x = self._gradient_checkpointing_func(block, x, None, None, attn_mask, idx)
+            else:
+                x = block(x, attn_mask=attn_mask, idx=idx)
+        return x
