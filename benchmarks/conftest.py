@@ -20,7 +20,8 @@ def _cpu_name() -> str:
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    machine_info.pop("node", None)  # the host's name is nobody's business
+    for private in ("node", "release"):  # the host's name and kernel are nobody's business
+        machine_info.pop(private, None)
     machine_info["cpu"] = {"brand_raw": _cpu_name(), "threads": torch.get_num_threads()}
     machine_info["torch"] = torch.__version__
     machine_info["triton"] = triton.__version__
