@@ -26,8 +26,8 @@ def _error(info: dict[str, Any]) -> str:
 def render(path: Path) -> str:
     """A table with a row for each provider: how much faster than the group's baseline, its error.
 
-    The baseline, "upstream" where a group has it, else its slowest provider, has no row. On a CPU there are
-    no times, only ratios: times of a shared machine are nobody's measure.
+    The baseline, "upstream" where a group has it, else its slowest provider, has no row. There are
+    no times on a CPU, only ratios: times of a shared machine are nobody's measure.
     """
     run = json.loads(path.read_text())
     machine = run["machine_info"]
