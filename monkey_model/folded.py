@@ -14,8 +14,9 @@ Folded weights have to be rounded to the parameters' dtype, and that error is th
 token: attention averages the rounding of tokens away, but not this. It shows where tokens share a
 large component, as a ViT's do. So the mean m of a crop's x / s is taken off first. In K it would
 add the same score to every key, which the softmax ignores; in V it again goes straight to the
-output, as (W_o W_v diag(g) C W_p) m, computed in float32. What is left is closer to float64 than
-the unfolded form, in every dtype.
+output, as (W_o W_v diag(g) C W_p) m, computed in float32. What is left has 0.3 to 0.95 times the
+float64 error of the unfolded form, and 1.07 times in the worst case of the tests (a few huge
+channels, bfloat16).
 """
 
 from __future__ import annotations
