@@ -345,6 +345,20 @@ def test_half_precision_runs():
         assert tokens.dtype == dtype and torch.isfinite(tokens).all()
 
 
+def test_compile_without_graph_breaks():
+    """Adapters of a mixed batch, forward and backward."""
+    encoder, crops = small_encoder(), torch.randn(5, 3, 28, 28)
+    index, out_grad = [0, 1, 2, 3, None], torch.randn(5, 4, 128)
+    compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(crops, index), encoder(crops, index))
+    trained = [p for p in encoder.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(encoder(crops, index), trained, out_grad)
+    got = torch.autograd.grad(compiled(crops, index), trained, out_grad)
+    for g, e in zip(got, expected, strict=True):
+        assert relative_l2(g, e) < 1e-5
+
+
 def test_peak_memory_of_a_large_photo(tmp_path):
     """At most the decoded image plus four times the crops."""
     path = tmp_path / "photo.jpg"
