@@ -207,7 +207,7 @@ def draw_crops(crops: Tensor, grid: tuple[int, int], adapters: Sequence[int | No
 
 @app.command()
 def encode(
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Pictures to encode.")],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Pictures to encode.")],
     checkpoint: Annotated[
         Path | None, typer.Option(help="Monkey checkpoint directory; without it, random weights.")
     ] = None,
@@ -239,11 +239,15 @@ def encode(
         Path | None, typer.Option(help="PNG of the first image's crops and their adapters.")
     ] = None,
     fast_decode: Annotated[
-        bool, typer.Option(help="Decode large JPEGs at a reduced size: faster, other pixels.")
+        bool,
+        typer.Option(
+            "--fast-decode", help="Decode large JPEGs at a reduced size: faster, other pixels."
+        ),
     ] = False,
-    allow_urls: Annotated[bool, typer.Option(help="Fetch http(s) images.")] = False,
+    allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Fetch http(s) images.")] = False,
     allow_pickle: Annotated[
-        bool, typer.Option(help="Read pytorch_model*.bin, from a source you trust.")
+        bool,
+        typer.Option("--allow-pickle", help="Read pytorch_model*.bin, from a source you trust."),
     ] = False,
 ) -> None:
     """Turn pictures into visual tokens, one .safetensors file for each."""
