@@ -121,7 +121,12 @@ def resolve(op: str, device: torch.device, unsupported: str | None = None) -> st
         if reason is not None:
             raise RuntimeError(f"backend 'triton' was requested for {op} but cannot run: {reason}")
         return "triton"
-    # The interpreter is for tests: "auto" never picks it, since it is thousands of times slower.
+    return _auto(device, reason)
+
+
+def _auto(device: torch.device, reason: str | None) -> str:
+    """What ``"auto"`` runs, given why the Triton kernel cannot."""
+    # The interpreter is for tests: never picked unasked, since it is thousands of times slower.
     return "torch" if reason is not None or device.type == "cpu" else "triton"
 
 
@@ -143,6 +148,5 @@ def backend_report() -> list[BackendStatus]:
     for op in OPS:
         for device in devices:
             reason = why_not_triton(op, device)
-            auto = "torch" if reason is not None or device.type == "cpu" else "triton"
-            rows.append(BackendStatus(op, str(device), auto, reason))
+            rows.append(BackendStatus(op, str(device), _auto(device, reason), reason))
     return rows

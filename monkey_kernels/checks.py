@@ -30,6 +30,12 @@ def check_positive_int(name: str, value: Any) -> None:
     check_int(name, value, least=1)
 
 
+def check_divides(name: str, value: int, of: str, size: int) -> None:
+    """``value`` is positive and divides ``size``, the argument called ``of``."""
+    if value < 1 or size < 1 or size % value:
+        raise ValueError(f"{name} must divide {of}; got {name} {value} and {of} {size}")
+
+
 def check_grid(grid: Any) -> tuple[int, int]:
     """``grid`` as a (rows, columns) pair of positive ints."""
     if not isinstance(grid, (tuple, list)) or len(grid) != 2:

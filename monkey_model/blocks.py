@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from monkey_kernels.checks import check_divides
 from monkey_model.lora import AdapterSelection, adapter_bank, add_adapters
 
 
@@ -44,11 +45,7 @@ class VisualAttention(nn.Module):
         lora_repeat_num: int = 4,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or embed_dim % num_heads:
-            raise ValueError(
-                f"num_heads must divide embed_dim; got num_heads {num_heads} and embed_dim "
-                f"{embed_dim}"
-            )
+        check_divides("num_heads", num_heads, "embed_dim", embed_dim)
         for name, dim in (("kdim", kdim), ("vdim", vdim)):
             if dim not in (None, embed_dim):
                 raise ValueError(

@@ -82,7 +82,7 @@ class FoldedResampler:
 
 
 def fold_resampler(resampler: Resampler, position_table: Tensor) -> FoldedResampler:
-    """Multiply out the weights of ``resampler`` in float64.
+    """Multiply out the weights of ``resampler`` in float64, which autocast leaves alone.
 
     Args:
         resampler: with a plain ``nn.Linear`` as kv_proj and a plain ``nn.MultiheadAttention``.

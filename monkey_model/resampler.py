@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from monkey_kernels import resampler_attention
+from monkey_kernels.checks import check_divides
 from monkey_model.folded import FoldedResampler, fold_resampler
 
 
@@ -98,11 +99,7 @@ class Resampler(nn.Module):
         norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or embed_dim % num_heads:
-            raise ValueError(
-                f"num_heads must divide embed_dim; got num_heads {num_heads} and embed_dim "
-                f"{embed_dim}"
-            )
+        check_divides("num_heads", num_heads, "embed_dim", embed_dim)
         self.fold_enabled = True
         self._folded: tuple[tuple[Any, ...], FoldedResampler] | None = None
         self.num_queries = grid_size**2
@@ -145,10 +142,9 @@ class Resampler(nn.Module):
         return self
 
     def _foldable(self) -> bool:
+        """Whether the parts are those that the fold multiplies out, and nothing watches them."""
         return (
             self.fold_enabled
-            and not self.training
-            and not torch.is_grad_enabled()
             and type(self.kv_proj) is nn.Linear
             and type(self.attn) is nn.MultiheadAttention
             # The class that nn.MultiheadAttention itself puts there.
@@ -167,6 +163,7 @@ class Resampler(nn.Module):
         if self.training or torch.is_grad_enabled():
             # An optimizer's step may follow, and a fused one does not count a parameter's versions.
             self._folded = None
+            return None
         if not self._foldable():
             return None
         cached = self._folded  # read once: another thread may drop it meanwhile
@@ -177,10 +174,8 @@ class Resampler(nn.Module):
             return None  # changes to these cannot be seen
         key = (tokens, *((p.data_ptr(), p._version, p.dtype, p.device) for p in parameters))
         if cached is None or cached[0] != key:
-            with torch.autocast(parameters[0].device.type, enabled=False):
-                table = get_abs_pos(self.pos_embed.detach(), tokens)
-                cached = (key, fold_resampler(self, table))
-            self._folded = cached
+            table = get_abs_pos(self.pos_embed.detach(), tokens)
+            cached = self._folded = (key, fold_resampler(self, table))
         return cached[1]
 
     def train(self, mode: bool = True) -> Resampler:

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from monkey_kernels import extract_crops
 from monkey_kernels.checks import (
     check_choice,
+    check_divides,
     check_grid,
     check_int,
     check_positive_int,
@@ -135,8 +136,7 @@ class VisionTransformer(nn.Module):
             raise TypeError(f"mlp_ratio must be a number; got {type(mlp_ratio).__name__}")
         if not (math.isfinite(mlp_ratio) and width * mlp_ratio >= 1):
             raise ValueError(f"mlp_ratio must give the MLP a width of at least 1; got {mlp_ratio}")
-        if width % heads:
-            raise ValueError(f"heads must divide width; got heads {heads} and width {width}")
+        check_divides("heads", heads, "width", width)
         if crop_size % patch_size:
             raise ValueError(
                 f"crop_size must be a multiple of patch_size, {patch_size}; got {crop_size}"

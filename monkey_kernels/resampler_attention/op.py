@@ -9,7 +9,13 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from monkey_kernels import backend
-from monkey_kernels.checks import check_dtype, check_positive_int, check_same, check_tensor
+from monkey_kernels.checks import (
+    check_divides,
+    check_dtype,
+    check_positive_int,
+    check_same,
+    check_tensor,
+)
 from monkey_kernels.resampler_attention.reference import (
     log_sum_exp_reference,
     resampler_attention_backward_reference,
@@ -196,8 +202,7 @@ def resampler_attention(
     check_tensor("value", value, 3, "[crops, N, E]")
     check_positive_int("num_heads", num_heads)
     width = query.shape[1]
-    if width == 0 or width % num_heads != 0:
-        raise ValueError(f"num_heads must divide E; got num_heads {num_heads} and E {width}")
+    check_divides("num_heads", num_heads, "E", width)
     check_same("key", key.shape[2], "query", width, "embedding size E")
     check_same("value", list(value.shape), "key", list(key.shape), "shape")
     if key.shape[1] == 0:

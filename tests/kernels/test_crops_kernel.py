@@ -353,7 +353,6 @@ def test_empty_batch(layout, shape):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("layout", ["crops", "patches"])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -371,7 +370,6 @@ def test_real_sizes(dtype, layout, interpolation):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
 def test_more_than_714_images():
     # 715 * 5 * 3 * 448 * 448 values pass 2**31.
     image = photo(16, 16)

@@ -14,6 +14,7 @@ from monkey_model import folded as folded_module
 from monkey_model import resampler as resampler_module
 from monkey_model.resampler import Resampler, get_abs_pos
 from tests.golden import load_golden, relative_l2
+from tests.saved import saved_for_backward, total_bytes
 
 SMALL = {"grid_size": 4, "embed_dim": 256, "num_heads": 2, "kv_dim": 96}
 REAL = {"grid_size": 16, "embed_dim": 4096, "num_heads": 32, "kv_dim": 1664}
@@ -265,22 +266,10 @@ def test_no_repeated_query_and_no_attention_matrix_is_saved():
     resampler = make_resampler().train()
     crops, tokens, heads, queries, width = 3, 64, 2, 16, 256
     x = torch.randn(crops, tokens, 96, requires_grad=True)
-    saved: dict[int, Tensor] = {}
-    parameters = {p.untyped_storage().data_ptr() for p in resampler.parameters()}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            saved[storage.data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = resampler(x)
-    out.backward(torch.randn_like(out))
-    shapes = sorted(list(tensor.shape) for tensor in saved.values())
-    assert not any(heads * queries * tokens <= tensor[0].numel() for tensor in saved.values()
-                   if tensor.shape[-2:] == (queries, tokens)), shapes  # fmt: skip
-    numel = sum(tensor.untyped_storage().nbytes() // 4 for tensor in saved.values())
+    saved = saved_for_backward(resampler, lambda: resampler(x))
+    shapes = sorted(list(tensor.shape) for tensor in saved)
+    assert not any(shape[-2:] == [queries, tokens] for shape in shapes), shapes
+    numel = total_bytes(saved) // 4
     # kv_proj's input and output (LayerNorm's input), tokens, keys (input of a projection), K, V.
     per_token = tokens * (96 + 5 * width)
     # Attention's output and log-sum-exp per crop; the shared query's own chain once.

@@ -26,6 +26,7 @@ from monkey_model.visual import (
     sliding_window,
 )
 from tests.golden import assert_crops_match, assert_tokens_match, load_golden, relative_l2
+from tests.saved import saved_for_backward, total_bytes
 
 SMALL = {
     "image_size": 56,
@@ -171,20 +172,7 @@ def test_adapter_gradients_of_a_mixed_batch():
 
 
 def bytes_saved_for_backward(encoder, crops, index):
-    """By the ViT's blocks and everything after, the parameters themselves apart."""
-    parameters = {p.untyped_storage().data_ptr() for p in encoder.parameters()}
-    saved = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            saved[storage.data_ptr()] = tensor  # kept, so that no address is used twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = encoder(crops, index)
-    del out
-    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    return total_bytes(saved_for_backward(encoder, lambda: encoder(crops, index)))
 
 
 @pytest.mark.parametrize("index", [[0, 1, 2, 3, None], [2] * 5])
