@@ -268,14 +268,16 @@ class VisionTransformer(nn.Module):
         *,
         allow_urls: bool = False,
         fast_decode: bool = False,
+        device: torch.device | None = None,
     ) -> Tensor:
         """Decode images and cut them into crops [B * crops_per_image, 3, crop_size, crop_size].
 
-        On the encoder's device, float32. The arguments are those of :meth:`encode_images`.
+        On ``device``, by default the encoder's, float32. The other arguments are those of
+        :meth:`encode_images`.
         """
         return load_crops(
             images,
-            device=self.transformer.get_cast_device(),
+            device=self.transformer.get_cast_device() if device is None else device,
             allow_urls=allow_urls,
             fast_decode=self.canvas_size if fast_decode else None,
             grid=self.grid,
