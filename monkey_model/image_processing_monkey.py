@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from typing import Any, TypedDict
 
 import torch
-from transformers import AutoImageProcessor, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+
+# The package's own name for it asks for torchvision in transformers 5.17.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, cached_file
 
 from monkey_kernels import CLIP_MEAN, CLIP_STD
@@ -18,10 +21,8 @@ from monkey_model.configuration_monkey import MonkeyConfig
 from monkey_model.images import ImageSource, load_crops
 from monkey_model.visual import VisionTransformer
 
-_HUB_ARGUMENTS = (
-    *("cache_dir", "force_download", "local_files_only"),
-    *("revision", "subfolder", "token"),
-)
+# Of transformers' own keyword arguments, those that say where a checkpoint's files are.
+_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 class MonkeyImagesKwargs(TypedDict, total=False):
@@ -144,7 +145,7 @@ class MonkeyImageProcessor(BaseImageProcessor):
                 encoder.
         """
         name = pretrained_model_name_or_path
-        hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
+        hub = {key: kwargs[key] for key in _HUB if key in kwargs}
         if os.path.isfile(name) or any(
             cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub)
             for file in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME)

@@ -183,7 +183,8 @@ def from_list_format(elements: Sequence[dict[str, Any]], escape: Callable[[str],
             prompt += element["text"]
         elif "box" in element:
             prompt += f"<ref>{element['ref']}</ref>" if "ref" in element else ""
-            prompt += "".join(f"<box>({a},{b}),({c},{d})</box>" for a, b, c, d in element["box"])
+            for x1, y1, x2, y2 in (map(int, box) for box in element["box"]):
+                prompt += f"<box>({x1},{y1}),({x2},{y2})</box>"
         else:
             raise ValueError(
                 f"list_format must hold elements with image, text or box; got {element!r}"

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from monkey_kernels import CLIP_MEAN, CLIP_STD
 from monkey_model.configuration_monkey import MonkeyConfig
@@ -189,6 +190,7 @@ def test_text_options_reach_the_tokenizer(processor: MonkeyProcessor) -> None:
             [[A, B], []],
             "text[0] must have an image span for each image of images[0]; got 1 spans and 2 images",
         ),
+        (["<img></img>", "<img></img>"], [[A], []], "images[1]; got 1 spans and 0 images"),
         (["<img></img>", "the"], [[A], [B]], "text[1] must have an image span for each image of"),
         (["<img></img>"], [[A], [B]], "images must have a list for each of 1 texts; got 2"),
         (["the", "the"], [[]], "images must have a list for each of 2 texts; got 1"),

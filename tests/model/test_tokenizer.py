@@ -158,9 +158,9 @@ def test_special_tokens_in_a_path(tokenizer: QWenTokenizer) -> None:
             "must have an </img> between the <img> at character 0 and the next at 6; got none",
         ),
         (
-            f"<img>{'é' * 11}</img>",
-            "must have image paths of at most 20 bytes, the positions of an image; got 22 bytes: "
-            f"'{'é' * 11}'...",
+            f"<img>{'é' * 10}.</img>",
+            "must have image paths of at most 20 bytes, the positions of an image; got 21 bytes: "
+            f"'{'é' * 10}.'...",
         ),
     ],
 )
@@ -363,7 +363,7 @@ def test_list_format(tokenizer: QWenTokenizer) -> None:
         {"image": "a.jpg"},
         {"image": "b.jpg"},
         {"text": "Find the dog: "},
-        {"ref": "the dog", "box": [(1, 2, 3, 4), (5, 6, 7, 8)]},
+        {"ref": "the dog", "box": [(1, 2, 3, 4), (5.9, 6.0, 7.0, 8.0)]},
         {"box": [(9, 9, 9, 9)]},
     ]
     text = tokenizer.from_list_format(elements)
