@@ -23,9 +23,9 @@ SPECIAL_TOKENS = (
     *(IMAGE_START, IMAGE_END, IMAGE_PAD),
 )
 
-# Around a special token that is meant as text. Unicode keeps these two for such internal use: they
-# are no characters, and occur in no text.
-_MARKS = ("\ufdd0", "\ufdd1")
+# Keeps two characters apart and is not encoded: a special token with it inside is plain text.
+# Unicode keeps U+FDD0 for such internal use: it is no character, and occurs in no text.
+_BREAK = "\ufdd0"
 
 # ChatML, with upstream's default system message.
 CHAT_TEMPLATE = """\
@@ -64,25 +64,31 @@ class Piece(NamedTuple):
 
 
 @lru_cache(maxsize=32)
-def _pattern(special: tuple[str, ...], escaped: tuple[str, ...]) -> re.Pattern[str]:
-    """Matches a token of ``escaped`` within marks (group 1), or one of ``special`` (group 2)."""
-
-    def any_of(tokens: tuple[str, ...]) -> str:
-        longest_first = sorted(tokens, key=len, reverse=True)
-        return "|".join(map(re.escape, longest_first)) or "(?!)"
-
-    start, end = _MARKS
-    return re.compile(f"{start}({any_of(escaped)}){end}|({any_of(special)})")
+def _any_of(tokens: tuple[str, ...]) -> re.Pattern[str]:
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
-def escape(text: str, tokens: tuple[str, ...]) -> str:
-    """``text`` with marks around each of ``tokens``: :func:`split` takes them for plain text."""
-    start, end = _MARKS
-    return _pattern(tokens, ()).sub(rf"{start}\2{end}", text)
+@lru_cache(maxsize=32)
+def _start_of(tokens: tuple[str, ...], keep: tuple[str, ...]) -> re.Pattern[str]:
+    """Any character that one of ``tokens`` starts with, but where one of ``keep`` stands."""
+    first = "".join(sorted({re.escape(token[0]) for token in tokens}))
+    return re.compile(f"(?!{_any_of(keep).pattern})[{first}]")
 
 
-def split(name: str, text: str, special: tuple[str, ...], tokens: tuple[str, ...]) -> list[Piece]:
-    """The pieces of a text, in NFC, as upstream reads it.
+def escape(text: str, tokens: tuple[str, ...], keep: tuple[str, ...] = ()) -> str:
+    """``text`` with a break in each of ``tokens``, whole or in parts, but those in ``keep``.
+
+    Nothing special comes of it, whatever stands before or after it, and no special token before it
+    is lost, as NFC would have it where a text starts with a combining character.
+    """
+    text = unicodedata.normalize("NFC", text)
+    start = _BREAK if text and unicodedata.combining(text[0]) else ""
+    return start + _start_of(tokens, keep).sub(rf"\g<0>{_BREAK}", text)
+
+
+def split(name: str, text: str, special: tuple[str, ...]) -> list[Piece]:
+    """The pieces of a text, in NFC, as upstream reads it; those of plain text may be empty.
 
     Between the tags of an image every other token is part of the image's name.
 
@@ -90,7 +96,6 @@ def split(name: str, text: str, special: tuple[str, ...], tokens: tuple[str, ...
         name: of the text, in errors.
         text: the text.
         special: tokens that count as such; the others are plain text.
-        tokens: all special tokens; those that :func:`escape` marked lose the marks.
 
     Raises:
         TypeError: the text is no string.
@@ -102,42 +107,43 @@ def split(name: str, text: str, special: tuple[str, ...], tokens: tuple[str, ...
     # Lone surrogates become U+FFFD, as with tiktoken.
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     pieces: list[Piece] = []
-    plain, end = "", 0  # the text since the last piece; how far the text is read
+    start = 0  # of the next piece
     opened: int | None = None  # where the image span begins that is open
-    for match in _pattern(special, tokens).finditer(text):
-        plain += text[end : match.start()]
-        end = match.end()
-        literal, token = match.groups()
-        if literal is not None or (opened is not None and token not in (IMAGE_START, IMAGE_END)):
-            plain += literal or token
-        elif token == IMAGE_END:
+
+    def add(kind: Literal["text", "image"], stop: int) -> None:
+        pieces.append(Piece(kind, text[start:stop].replace(_BREAK, "")))
+
+    for match in _any_of(special).finditer(text):
+        token = match[0]
+        if opened is not None and token not in (IMAGE_START, IMAGE_END):
+            continue
+        if token == IMAGE_END:
             if opened is None:
                 raise ValueError(
                     f"{name} must have an {IMAGE_START} before the {IMAGE_END} at character "
                     f"{match.start()}; got none"
                 )
-            pieces.append(Piece("image", plain))
-            plain, opened = "", None
+            add("image", match.start())
+            opened = None
         elif opened is not None:
             raise ValueError(
                 f"{name} must have an {IMAGE_END} between the {IMAGE_START} at character {opened} "
                 f"and the next at {match.start()}; got none"
             )
         else:
-            if plain:
-                pieces.append(Piece("text", plain))
-            plain = ""
+            add("text", match.start())
             if token == IMAGE_START:
                 opened = match.start()
             else:
                 pieces.append(Piece("token", token))
+        start = match.end()
     if opened is not None:
         raise ValueError(
             f"{name} must have an {IMAGE_END} after the {IMAGE_START} at character {opened}; got "
             "none"
         )
-    plain += text[end:]
-    return [*pieces, Piece("text", plain)] if plain else pieces
+    add("text", len(text))
+    return pieces
 
 
 def escape_messages(messages: Any, escape: Callable[[str], str]) -> Any:
@@ -201,7 +207,7 @@ def to_list_format(text: str) -> list[dict[str, str]]:
         if tag := _OPEN_TAG.search(plain):
             raise ValueError(f"text must close its {tag[0]}; got {plain[tag.start() :][:60]!r}")
         if plain:
-            parts.append({"text": plain})
+            parts.append({"text": plain.replace(_BREAK, "")})
         if (key := next(pieces, None)) is not None:
-            parts.append({"image" if key == "img" else key: next(pieces)})
+            parts.append({"image" if key == "img" else key: next(pieces).replace(_BREAK, "")})
     return parts

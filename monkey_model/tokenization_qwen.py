@@ -6,7 +6,7 @@ only what is Monkey's, the image spans. In ids a span is ``<img>``, ``image_span
 ``<imgpad>``.
 
 Which tokens of a text are special is the caller's choice. As with upstream all of them are, but for
-those that ``allowed_special`` leaves out, and those that :meth:`QWenTokenizer.escape` marks.
+those that ``allowed_special`` leaves out, and those in a text of :meth:`QWenTokenizer.escape`.
 
 Source: upstream ``monkey_model/tokenization_qwen.py``.
 """
@@ -91,7 +91,8 @@ class QWenTokenizer(TokenizersBackend):
 
     - ``allowed_special``: ``"all"`` (as upstream), or a collection of the special tokens that count
       as such; the others are plain text. ``split_special_tokens=True`` is the same as none.
-    - Texts are brought to NFC first, paths included, as upstream does.
+    - Texts are brought to NFC first, paths included, as upstream does. The noncharacter U+FDD0 is
+      left out: see :meth:`escape`.
     - Between ``<img>`` and ``</img>`` every other special token is part of the path.
     - An image span is never truncated: that is an error.
 
@@ -189,19 +190,20 @@ class QWenTokenizer(TokenizersBackend):
     # ---- text to ids ------------------------------------------------------------------------
 
     def escape(self, text: str, keep: Collection[str] = ()) -> str:
-        """Mark the special tokens in ``text``, so that this tokenizer reads them as plain text.
+        """``text`` as this tokenizer has to be given it to read it as plain text.
 
         What a user wrote goes through it before it becomes part of a prompt::
 
             f"<img>{tokenizer.escape(path)}</img> {tokenizer.escape(question)} Answer:"
 
-        The marks, the noncharacters U+FDD0 and U+FDD1 around a token, are not encoded.
+        The noncharacter U+FDD0 after each character that a special token starts with (``<``) keeps
+        it from being one, in whatever the text is put. It is not encoded.
 
         Args:
             text: any text.
             keep: tokens that stay special.
         """
-        return prompts.escape(text, tuple(t for t in self._special_ids() if t not in keep))
+        return prompts.escape(text, tuple(self._special_ids()), tuple(keep))
 
     def _encode_plus(  # type: ignore[override]
         self,
@@ -252,9 +254,8 @@ class QWenTokenizer(TokenizersBackend):
         self, named: dict[str, str], allowed_special: str | Collection[str]
     ) -> list[list[int]]:
         ids = self._special_ids()
-        tokens = tuple(ids)
-        special = prompts.check_special(allowed_special, tokens)
-        rows = {name: prompts.split(name, text, special, tokens) for name, text in named.items()}
+        special = prompts.check_special(allowed_special, tuple(ids))
+        rows = {name: prompts.split(name, text, special) for name, text in named.items()}
         plain = [text for pieces in rows.values() for kind, text in pieces if kind == "text"]
         encoded = iter(self._encode_plain(plain))
         encoded_rows = []
@@ -342,7 +343,7 @@ class QWenTokenizer(TokenizersBackend):
             args: transformers' own, as are kwargs.
             sanitize_control_tokens: whether special tokens in the messages are plain text, all but
                 ``<ref>``, ``<box>`` and ``<quad>``, which upstream's chat takes for special too. In
-                what ``tokenize=False`` returns they carry the marks of :meth:`escape`.
+                what ``tokenize=False`` returns they are broken as by :meth:`escape`.
         """
         if sanitize_control_tokens:
             conversation = self.escape_messages(conversation)
