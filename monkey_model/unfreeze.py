@@ -79,7 +79,7 @@ class ProgressiveUnfreeze(TrainerCallback):
         """Freeze what is not due yet; in a resumed run, what its log has thawed stays thawed."""
         _check_optimizer(kwargs["optimizer"], self._blocks)
         done = [entry["thawed_blocks"] for entry in state.log_history if "thawed_blocks" in entry]
-        self._thawed = done[-1] if done else 0
+        self._thawed = int(done[-1]) if done else 0
         self._require_grad(self._thawed)
         if done:
             logger.info("resumed with the last %d LLM blocks thawed", self._thawed)
