@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from functools import partial
+from typing import Any
 
-from monkey_model.visual import VisionTransformer
+import torch
+from torch import Tensor, nn
+
+from monkey_model.visual import TransformerBlock, VisionTransformer
 
 #: (height, width) of a decoded photo.
 PHOTO_SIZES = {"640x480": (480, 640), "1600x1200": (1200, 1600), "4000x3000": (3000, 4000)}
 
 #: Monkey's encoder as published, but for the number of layers.
-REAL_CONFIG = {
+REAL_CONFIG: dict[str, Any] = {
     "image_size": 896,
     "patch_size": 14,
     "width": 1664,
@@ -42,3 +45,15 @@ def real_encoder(layers: int = 2, dtype: torch.dtype = torch.float32) -> VisionT
             if "lora_b" in name:
                 parameter.normal_(std=0.02)
     return encoder.to(dtype).eval()
+
+
+def real_blocks(
+    layers: int, dtype: torch.dtype = torch.float32, adapters: int = 4
+) -> TransformerBlock:
+    """The ViT's blocks at real width, seeded."""
+    torch.manual_seed(0)
+    norm_layer = partial(nn.LayerNorm, eps=1e-6)
+    width, heads, ratio = (REAL_CONFIG[key] for key in ("width", "heads", "mlp_ratio"))
+    return TransformerBlock(
+        width, layers, heads, ratio, norm_layer=norm_layer, lora_repeat_num=adapters
+    ).to(dtype)

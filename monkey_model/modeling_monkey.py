@@ -11,7 +11,7 @@ import os
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import LongTensor, Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers import initialization as init
@@ -25,6 +25,8 @@ from monkey_model.modeling_qwen import QWenLMHeadModel, QWenModel, QWenPreTraine
 from monkey_model.resampler import Resampler, get_2d_sincos_pos_embed
 from monkey_model.spans import ImageSpan, find_spans, locate, mask_spans, read_path
 from monkey_model.visual import VisionTransformer
+
+_NO_PLACE = "pixel_values need input_ids, whose image spans say where they go"
 
 
 class MonkeyPreTrainedModel(QWenPreTrainedModel):
@@ -99,18 +101,19 @@ class MonkeyModel(MonkeyPreTrainedModel, QWenModel):
             ValueError: not exactly one of input_ids and inputs_embeds; pixel_values without
                 input_ids; or the errors of :meth:`encode_images`.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
-        if input_ids is None:
-            if pixel_values is not None:
-                raise ValueError("pixel_values need input_ids, whose image spans say where they go")
-        else:
+        if (visual_mask is None) != (visual_tokens is None):
+            raise ValueError("visual_mask and visual_tokens must be given together")
+        if input_ids is not None and inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)
             if visual_mask is None and (
                 pixel_values is not None or _may_show_images(input_ids, past_key_values)
             ):
                 visual_mask, visual_tokens = self.encode_images(input_ids, pixel_values)
-        if visual_tokens is not None and len(visual_tokens):
+        elif input_ids is not None or inputs_embeds is None:
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        elif pixel_values is not None:
+            raise ValueError(_NO_PLACE)
+        if visual_mask is not None and visual_tokens is not None:
             inputs_embeds = inputs_embeds.masked_scatter(
                 visual_mask[..., None].to(inputs_embeds.device), visual_tokens.to(inputs_embeds)
             )
@@ -164,12 +167,13 @@ class MonkeyModel(MonkeyPreTrainedModel, QWenModel):
         mask = mask_spans(spans, input_ids)
         if not spans:
             if not self.training:
-                return mask, self.wte.weight.new_empty(0, self.config.hidden_size)
+                return mask, torch.empty(0, self.config.hidden_size, device=mask.device)
             patch = visual.patch_size[0]
             crops = torch.zeros(visual.crops_per_image, 3, patch, patch, device=input_ids.device)
         # In training one pass, however many images: sharded weights are gathered once per pass.
         chunk = len(crops) if self.training else None
-        return mask, visual.encode_crops(crops, crop_chunk=chunk).flatten(0, 1)
+        tokens = visual.encode_crops(crops, crop_chunk=chunk).flatten(0, 1)
+        return mask, tokens.to(mask.device)  # the encoder may live on another one
 
     def _load(self, span: ImageSpan, path: str) -> Tensor:
         try:
@@ -189,6 +193,7 @@ class MonkeyLMHeadModel(MonkeyPreTrainedModel, QWenLMHeadModel):
     """Token ids and pictures to logits; ``generate`` takes ``pixel_values`` too."""
 
     transformer_class = MonkeyModel
+    transformer: MonkeyModel
 
     def forward(
         self,
@@ -222,61 +227,61 @@ class MonkeyLMHeadModel(MonkeyPreTrainedModel, QWenLMHeadModel):
         self,
         expand_size: int = 1,
         is_encoder_decoder: bool = False,
-        input_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
+        input_ids: LongTensor | None = None,
         **model_kwargs: Any,
-    ) -> tuple[Tensor, dict[str, Any]]:
+    ) -> tuple[LongTensor, dict[str, Any]]:
         """Encode the prompts' images, once, and repeat each prompt with all of its own."""
+        pixel_values = model_kwargs.pop("pixel_values", None)
         visual: dict[str, Tensor] = {}
-        if model_kwargs.get("inputs_embeds") is None:
+        if model_kwargs.get("inputs_embeds") is None and input_ids is not None:
             cache = model_kwargs.get("past_key_values")
             total = model_kwargs["position_ids"].shape[-1]
             fresh = total - (0 if cache is None else int(cache.get_seq_length()))
             mask, tokens = self.transformer.encode_images(input_ids[:, -fresh:], pixel_values)
             groups = tokens.split(mask.sum(1).tolist())
-            visual = {
-                "visual_mask": F.pad(mask, (total - mask.shape[1], 0)).repeat_interleave(
-                    expand_size, dim=0
-                ),
-                "visual_tokens": torch.cat([g for g in groups for _ in range(expand_size)]),
-            }
+            mask = F.pad(mask, (total - mask.shape[1], 0))
+            visual["visual_mask"] = mask.repeat_interleave(expand_size, dim=0)
+            visual["visual_tokens"] = torch.cat([g for g in groups for _ in range(expand_size)])
         elif pixel_values is not None:
-            raise ValueError("pixel_values need input_ids, whose image spans say where they go")
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            raise ValueError(_NO_PLACE)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
         return input_ids, {**model_kwargs, **visual}
 
     def prepare_inputs_for_generation(
         self,
-        input_ids: Tensor,
+        input_ids: LongTensor,
+        next_sequence_length: int | None = None,
         past_key_values: Cache | None = None,
+        attention_mask: LongTensor | None = None,
         inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
-        visual_mask: Tensor | None = None,
-        visual_tokens: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """transformers' own, with the visual tokens of the ids that this call runs.
 
-        Those are all where there is no cache, a part of the prompt while it is read in chunks, and
-        none afterwards.
+        Those are all of them where there is no cache, a part while a prompt is read in chunks, and
+        none after the prompt.
         """
-        inputs = super().prepare_inputs_for_generation(
+        mask, tokens = kwargs.pop("visual_mask", None), kwargs.pop("visual_tokens", None)
+        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
+            next_sequence_length,
+            past_key_values,
+            attention_mask,
+            inputs_embeds,
+            is_first_iteration,
             **kwargs,
         )
-        if visual_mask is None or not (is_first_iteration or past_key_values is None):
+        if mask is None or not (is_first_iteration or past_key_values is None):
             return inputs
         start = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         end = start + inputs["input_ids"].shape[1]
-        mask = F.pad(visual_mask, (0, max(0, end - visual_mask.shape[1])))
+        mask = F.pad(mask, (0, max(0, end - mask.shape[1])))
         order = mask.flatten().cumsum(0).view_as(mask) - 1
         inputs["visual_mask"] = mask[:, start:end]
-        inputs["visual_tokens"] = visual_tokens[order[:, start:end][inputs["visual_mask"]]]
+        inputs["visual_tokens"] = tokens[order[:, start:end][inputs["visual_mask"]]]
         return inputs
 
 

@@ -219,7 +219,7 @@ class QWenPreTrainedModel(PreTrainedModel):
         self,
         enable: bool = True,
         gradient_checkpointing_func: Callable[..., Any] = checkpoint,
-        **kwargs: Any,
+        every_n_layers: int = 1,
     ) -> None:
         if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
             raise ValueError(
@@ -227,7 +227,7 @@ class QWenPreTrainedModel(PreTrainedModel):
                 "frozen input would get no gradient"
             )
         func = partial(gradient_checkpointing_func, use_reentrant=False)
-        super()._set_gradient_checkpointing(enable, func, **kwargs)
+        super()._set_gradient_checkpointing(enable, func, every_n_layers)
 
 
 class QWenModel(QWenPreTrainedModel):
@@ -327,7 +327,7 @@ class QWenModel(QWenPreTrainedModel):
         if kept is None or (isinstance(past, int) and past == 0):
             if not torch.compiler.is_compiling():
                 torch._dynamo.mark_static_address(alpha)
-            past_key_values.ntk_alpha = kept = alpha
+            past_key_values.ntk_alpha = kept = alpha  # type: ignore[attr-defined]
         elif isinstance(past, Tensor):
             kept.copy_(torch.where(past == 0, alpha, kept))
         return kept

@@ -47,7 +47,7 @@ class _PatchedVisual(VisionTransformer):
         self._original = (original,)  # in a tuple: no submodule
         self._allow_urls = allow_urls
         self._given: dict[int, Tensor] = {}  # crops that have not come back, by position
-        self._tokens: Tensor | None = None  # [B, positions, n_queries, output_dim]
+        self._ready: Tensor | None = None  # [B, positions, n_queries, output_dim]
 
     def encode(
         self, image_paths: Sequence[ImageSource], *, allow_urls: bool | None = None
@@ -55,21 +55,21 @@ class _PatchedVisual(VisionTransformer):
         allow_urls = self._allow_urls if allow_urls is None else allow_urls
         windows, images_448 = super().encode(image_paths, allow_urls=allow_urls)
         crops = [*(window for row in windows for window in row), images_448]
-        self._given, self._tokens = dict(enumerate(crops)), None
+        self._given, self._ready = dict(enumerate(crops)), None
         return windows, images_448
 
     def forward(self, x: Tensor, idx: int | Sequence[int | None] | None = None) -> Tensor:
         position = next((i for i, crop in self._given.items() if crop is x), None)
         if position is None or self.adapter_index()[position] != idx:
             return super().forward(x, idx)
-        if self._tokens is None:
+        if self._ready is None:
             crops = torch.stack(list(self._given.values()), dim=1)
             tokens = self.encode_crops(crops.flatten(0, 1))
-            self._tokens = tokens.unflatten(0, (-1, self.crops_per_image))
-        tokens = self._tokens[:, position]
+            self._ready = tokens.unflatten(0, (-1, self.crops_per_image))
+        tokens = self._ready[:, position]
         del self._given[position]
         if not self._given:
-            self._tokens = None
+            self._ready = None
         return tokens
 
 

@@ -152,7 +152,7 @@ class StockTransformer(nn.Module):
 class StockModel(nn.Module):
     """Upstream's layout, seeded; no adapter is a no-op."""
 
-    def __init__(self, blocks=3, seed=0, **visual):
+    def __init__(self, blocks=2, seed=0, **visual):
         torch.manual_seed(seed)
         super().__init__()
         self.config = PretrainedConfig(visual={**VISUAL, **visual})

@@ -1,6 +1,8 @@
-"""A tiny seeded Monkey model of this project, in which no adapter is a no-op."""
+"""A whole model of a few thousand weights, none of which is a no-op, and prompts for it."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,50 +10,73 @@ from torch import Tensor
 from monkey_model.configuration_monkey import MonkeyConfig
 from monkey_model.modeling_monkey import MonkeyLMHeadModel
 
-VISUAL = {
-    "image_size": 56,
-    "patch_size": 14,
-    "width": 16,
-    "layers": 2,
-    "heads": 2,
-    "mlp_ratio": 2.0,
-    "n_queries": 4,
-    "output_dim": 128,
-    "crop_size": 28,
-    "image_start_id": 300,
-}
-SPAN = 5 * VISUAL["n_queries"]
-IMAGE = [300, *[302] * SPAN, 301]
+IMG, END, PAD = 300, 301, 302
+CROPS, QUERIES = 5, 4  # 20 visual tokens per image
+SIDE = 28
+VOCAB = 320
 
 
-def tiny_config(blocks: int = 3, **settings) -> MonkeyConfig:
-    visual = {**VISUAL, **settings.pop("visual", {})}
-    return MonkeyConfig(
-        vocab_size=320,
-        hidden_size=128,
-        num_attention_heads=2,
-        kv_channels=64,
-        intermediate_size=128,
-        num_hidden_layers=blocks,
-        visual=visual,
-        **settings,
-    )
+def tiny_config(**settings: Any) -> MonkeyConfig:
+    visual = {
+        "image_size": 56,
+        "crop_size": SIDE,
+        "patch_size": 14,
+        "width": 16,
+        "layers": 2,
+        "heads": 2,
+        "mlp_ratio": 2.0,
+        "n_queries": QUERIES,
+        "output_dim": 128,
+        "lora_repeat_num": 4,
+        "image_start_id": IMG,
+    }
+    visual.update(settings.pop("visual", {}))
+    defaults = {
+        "vocab_size": VOCAB,
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "kv_channels": 32,
+        "intermediate_size": 128,
+        "seq_length": 2048,
+        "pad_token_id": 310,
+        "visual": visual,
+    }
+    return MonkeyConfig(**{**defaults, **settings})
 
 
-def tiny_model(blocks: int = 3, seed: int = 0, **settings) -> MonkeyLMHeadModel:
+def tiny_model(seed: int = 0, **settings: Any) -> MonkeyLMHeadModel:
     torch.manual_seed(seed)
-    model = MonkeyLMHeadModel(tiny_config(blocks, **settings)).eval()
+    model = MonkeyLMHeadModel(tiny_config(**settings))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_b" in name or "lora_scale" in name:
-                parameter.normal_(std=0.5)
-    return model
+            if "pos_embed" not in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+def span(path: str = "") -> list[int]:
+    """``<img>``, the path's bytes, pads, ``</img>``."""
+    data = list(path.encode())
+    return [IMG, *data, *[PAD] * (CROPS * QUERIES - len(data)), END]
+
+
+def pixels(images: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(images, CROPS, 3, SIDE, SIDE, generator=generator)
+
+
+def left_pad(rows: list[list[int]], pad: int = 310) -> dict[str, Tensor]:
+    width = max(map(len, rows))
+    return {
+        "input_ids": torch.tensor([[pad] * (width - len(row)) + row for row in rows]),
+        "attention_mask": torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows]),
+    }
 
 
 def tiny_batch(seed: int = 0) -> dict[str, Tensor]:
-    """One prompt with a picture."""
+    """A prompt with a picture, to train on."""
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(0, 256, (6,), generator=generator).tolist()
-    input_ids = torch.tensor([[1, *IMAGE, *text]])
-    pixel_values = torch.randn(1, 5, 3, 28, 28, generator=generator)
-    return {"input_ids": input_ids, "pixel_values": pixel_values, "labels": input_ids.clone()}
+    input_ids = torch.tensor([[1, *span(), *text]])
+    return {"input_ids": input_ids, "pixel_values": pixels(1, seed), "labels": input_ids.clone()}

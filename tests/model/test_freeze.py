@@ -29,7 +29,7 @@ BLOCK = (
     "mlp.w2.weight",
     "mlp.c_proj.weight",
 )
-LLM = {f"transformer.h.{i}.{leaf}" for i in range(3) for leaf in BLOCK} | {
+LLM = {f"transformer.h.{i}.{leaf}" for i in range(2) for leaf in BLOCK} | {
     "transformer.ln_f.weight"
 }
 EMBEDDINGS = {"transformer.wte.weight", "lm_head.weight"}
@@ -98,7 +98,7 @@ def expected_names(flags: dict[str, bool], *, peft: bool) -> set[str]:
     if peft and flags["train_llm_lora"]:
         names |= {
             f"{prefix}transformer.h.{i}.{layer}.lora_{side}.default.weight"
-            for i in range(3)
+            for i in range(2)
             for layer in ADAPTED
             for side in "AB"
         }

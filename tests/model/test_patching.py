@@ -120,7 +120,7 @@ def test_one_pass_for_all_crops(stock, monkeypatch):
     assert calls == [10]
     assert sum(passes) == 10  # on a CPU crop by crop; nothing twice
     # Nothing is kept for longer than the loop.
-    assert encoder._given == {} and encoder._tokens is None
+    assert encoder._given == {} and encoder._ready is None
 
 
 def test_crops_out_of_the_loop(stock):

@@ -18,10 +18,15 @@ from monkey_model.freeze import freeze, upstream_name
 from monkey_model.peft_model import MonkeyPeftModel
 from monkey_model.peft_presets import lora_config
 from monkey_model.unfreeze import ProgressiveUnfreeze
-from tests.tiny import tiny_batch, tiny_model
+from tests import tiny
+from tests.tiny import tiny_batch
 
 DATA = [{name: value[0] for name, value in tiny_batch(seed).items()} for seed in range(8)]
 SCHEDULE = {2: 1, 4: 2}
+
+
+def tiny_model():
+    return tiny.tiny_model(num_hidden_layers=3)
 
 
 class Snapshots(TrainerCallback):
