@@ -34,9 +34,10 @@ TARGETS = {
     ),
 }
 
-#: What bitsandbytes has to leave alone, because it trains as it is:
+#: What bitsandbytes has to leave alone, because it trains as it is; patterns that transformers
+#: matches from the start of a name:
 #: ``BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=NOT_QUANTISED)``.
-NOT_QUANTISED = ["lm_head", "attn_pool", "in_proj_lora", "out_proj_lora", "mlp_lora"]
+NOT_QUANTISED = [r"lm_head", r".*\.attn_pool", r".*_lora"]
 
 
 def lora_config(

@@ -8,12 +8,15 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file, save_file
+from transformers import BitsAndBytesConfig
 
-from monkey_model.freeze import freeze
+from monkey_model.freeze import freeze, freeze_report
 from monkey_model.modeling_monkey import MonkeyLMHeadModel
 from monkey_model.peft_model import BASE_WEIGHTS, MonkeyPeftModel
-from monkey_model.peft_presets import TARGETS, lora_config
+from monkey_model.peft_presets import NOT_QUANTISED, TARGETS, lora_config
+from tests.golden import relative_l2
 from tests.stock import StockModel
 from tests.tiny import tiny_batch, tiny_model
 
@@ -292,3 +295,65 @@ def test_base_weights_that_do_not_fit(tmp_path):
     fresh.transformer.visual.to("meta")
     with pytest.raises(ValueError, match=r"which the model has offloaded: load it on a device"):
         MonkeyPeftModel.from_pretrained(fresh, tmp_path)
+
+
+# ---- quantised base weights ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_base_weights(bits, tmp_path):
+    """LoRA, per-crop adapters and the resampler train in floats beside 4-bit or 8-bit weights."""
+    pytest.importorskip("bitsandbytes")
+    plain = tiny_model(visual={"width": 64})  # bitsandbytes packs blocks of 64
+    plain.save_pretrained(tmp_path / "base")
+    config = BitsAndBytesConfig(
+        load_in_4bit=bits == 4,
+        load_in_8bit=bits == 8,
+        llm_int8_skip_modules=NOT_QUANTISED,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+
+    def load():
+        return MonkeyLMHeadModel.from_pretrained(
+            tmp_path / "base", quantization_config=config, dtype=torch.float32
+        )
+
+    model = load()
+    visual = model.transformer.visual
+    expected = {4: torch.uint8, 8: torch.int8}[bits]
+    for layer in (model.transformer.h[0].mlp.w1, visual.transformer.resblocks[0].mlp.c_fc):
+        assert layer.weight.dtype == expected
+    assert visual.transformer.get_cast_dtype() == torch.float32
+    part = freeze_report(model).parts["LLM"]
+    assert part.parameters == freeze_report(plain).parts["LLM"].parameters
+    assert part.bytes < 0.6 * 4 * part.parameters
+    with pytest.raises(ValueError, match=r"parameters that the flags would train are quantised"):
+        freeze(model, fix_llm=False)
+
+    # The logits of the weights that the packed ones stand for, but for bitsandbytes' own rounding:
+    # on a CPU its 4-bit product runs in bfloat16, and its 8-bit one rounds the inputs to 8 bits.
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not parameter.is_floating_point():
+                layer = name.removesuffix(".weight")
+                weight = dequantize_module_weight(model.get_submodule(layer))
+                plain.get_parameter(name).copy_(weight)
+    assert relative_l2(logits(model), logits(plain)) < 2.5e-2
+    model = MonkeyPeftModel(model, lora_config(model, ("llm", "vit"))).train()
+    report = freeze(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=3e-3)
+    losses = []
+    for _ in range(8):
+        loss = model(**tiny_batch()).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == report.trainable
+    model.eval().save_pretrained(tmp_path / "adapter")
+    loaded = MonkeyPeftModel.from_pretrained(load(), tmp_path / "adapter")
+    assert torch.equal(logits(loaded), logits(model))
