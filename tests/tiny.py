@@ -72,3 +72,11 @@ def left_pad(rows: list[list[int]], pad: int = 310) -> dict[str, Tensor]:
         "input_ids": torch.tensor([[pad] * (width - len(row)) + row for row in rows]),
         "attention_mask": torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows]),
     }
+
+
+def tiny_batch(seed: int = 0) -> dict[str, Tensor]:
+    """A prompt with a picture, to train on."""
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randint(0, 256, (6,), generator=generator).tolist()
+    input_ids = torch.tensor([[1, *span(), *text]])
+    return {"input_ids": input_ids, "pixel_values": pixels(1, seed), "labels": input_ids.clone()}
