@@ -105,7 +105,8 @@ class Resampler(nn.Module):
         self.num_queries = grid_size**2
         self.embed_dim = embed_dim
         self.num_heads = num_heads
-        table = torch.from_numpy(get_2d_sincos_pos_embed(embed_dim, grid_size))
+        # torch.tensor, unlike from_numpy, takes the default device: a meta model holds no memory.
+        table = torch.tensor(get_2d_sincos_pos_embed(embed_dim, grid_size))
         self.pos_embed = nn.Parameter(table, requires_grad=False)
         self.query = nn.Parameter(torch.zeros(self.num_queries, embed_dim))
         self.kv_proj: nn.Module = nn.Identity()

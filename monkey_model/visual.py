@@ -269,17 +269,19 @@ class VisionTransformer(nn.Module):
         *,
         allow_urls: bool = False,
         fast_decode: bool = False,
+        device: torch.device | None = None,
     ) -> Tensor:
         """Decode images and cut them into crops [B * crops_per_image, 3, crop_size, crop_size].
 
-        On the encoder's device, float32. The arguments are those of :meth:`encode_images`.
+        On ``device``, by default the encoder's, float32. The other arguments are those of
+        :meth:`encode_images`.
         """
         if isinstance(images, (str, bytes)) or not isinstance(images, Sequence):
             raise TypeError(
                 f"images must be a list of images; got {type(images).__name__} (put one image in "
                 "a list)"
             )
-        device = self.transformer.get_cast_device()
+        device = self.transformer.get_cast_device() if device is None else device
         enough = self.canvas_size if fast_decode else None
         decoded = []
         for number, image in enumerate(images):

@@ -10,6 +10,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from monkey_model.configuration_monkey import MonkeyConfig
+from monkey_model.modeling_monkey import MonkeyLMHeadModel
 from monkey_model.visual import VisionTransformer
 
 DATA = Path(__file__).parent / "data"
@@ -43,6 +45,35 @@ def load_golden() -> Golden:
             state=state,
             crops_every_7th=file.get_tensor("crops_every_7th"),
             tokens_every_2nd=file.get_tensor("tokens_every_2nd"),
+        )
+
+
+@dataclass(frozen=True)
+class GoldenLM:
+    config: dict
+    state: dict[str, Tensor]
+    input_ids: Tensor  # [2, 1296]
+    attention_mask: Tensor
+    logits_last_24: Tensor  # [2, 24, 512]
+    generated: Tensor  # [2, 12]
+
+    def model(self, **settings) -> MonkeyLMHeadModel:
+        model = MonkeyLMHeadModel(MonkeyConfig(**{**self.config, **settings}))
+        model.load_state_dict(self.state, strict=True)
+        return model.eval()
+
+
+def load_golden_lm() -> GoldenLM:
+    with safe_open(DATA / "stock_lm.safetensors", "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return GoldenLM(
+            config=json.loads(file.metadata()["config"]),
+            state={
+                key.removeprefix("state."): tensors.pop(key).float()
+                for key in list(tensors)
+                if key.startswith("state.")
+            },
+            **tensors,
         )
 
 

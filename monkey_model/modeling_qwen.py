@@ -1,0 +1,403 @@
+"""QWen, the language model under Monkey, under upstream's module names.
+
+Masks, caches, attention kernels, losses and checkpointing are transformers' own. What is QWen's:
+the packed projection ``c_attn``, the gate on ``w1``, and two rules for inference beyond
+``seq_length`` tokens: dynamic NTK and log-n attention.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb, eager_attention_forward
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from monkey_model.configuration_qwen import QWenConfig
+
+# Prompts are stretched up to 2**_NTK_LEVELS times seq_length.
+_NTK_LEVELS = 16
+
+
+class RMSNorm(nn.Module):
+    """``x / rms(x) * weight``: float32, rounded to the dtype of x before the weight."""
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., dim] to the same."""
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return normed.type_as(x) * self.weight
+
+
+def ntk_alpha(lengths: Tensor, seq_length: int) -> Tensor:
+    """Stretch of the rotary base for prompts of so many tokens: 1, 3, 7, 15, ...
+
+    ``2 ** (k + 1) - 1`` with the least k >= 0 for which ``seq_length * 2**k`` holds the prompt.
+
+    Args:
+        lengths: tokens of each prompt, [B].
+        seq_length: tokens that need no stretch.
+
+    Returns:
+        [B] float32.
+    """
+    limits = seq_length * 2 ** torch.arange(_NTK_LEVELS, device=lengths.device)
+    level = (lengths[:, None] > limits).sum(-1)
+    return (2 ** (level + 1) - 1).float()
+
+
+class RotaryEmbedding(nn.Module):
+    """Cosines and sines of rotary positions, in float32, the two halves of the channels alike.
+
+    Holds no tensor: a prompt's ``alpha`` decides the frequencies.
+
+    Args:
+        dim: channels that are rotated.
+        base: of the frequencies.
+    """
+
+    def __init__(self, dim: int, base: float = 10000) -> None:
+        super().__init__()
+        self.dim = dim
+        self.base = base
+
+    def forward(self, position_ids: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions [B, T] and stretches [B] (see :func:`ntk_alpha`) to two [B, T, dim]."""
+        base = self.base * alpha[:, None] ** (self.dim / (self.dim - 2))
+        exponent = torch.arange(0, self.dim, 2, device=position_ids.device) / self.dim
+        frequency = 1.0 / base**exponent
+        angle = position_ids[:, :, None].float() * frequency[:, None]
+        angle = torch.cat([angle, angle], dim=-1)
+        return angle.cos(), angle.sin()
+
+
+class QWenAttention(nn.Module):
+    """Causal self-attention with one packed projection, in which q, k and v follow each other."""
+
+    def __init__(self, config: QWenConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.kv_channels
+        # What transformers' attention functions ask of a module.
+        self.scaling = self.head_dim**-0.5
+        self.num_key_value_groups = 1
+        self.is_causal = True
+        self.c_attn = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.c_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=not config.no_bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        query_scale: Tensor | None,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """See :meth:`QWenBlock.forward`; returns the output and, where computed, the weights."""
+        packed = self.c_attn(hidden_states).unflatten(-1, (3, -1, self.head_dim))
+        query, key, value = (x.transpose(1, 2) for x in packed.unbind(2))  # [B, heads, T, dim]
+        query, key = self._rotate(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        if query_scale is not None:
+            query = query * query_scale[:, None, :, None].to(query.dtype)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        context, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attn_dropout_prob if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.c_proj(context.flatten(2)), weights
+
+    @staticmethod
+    def _rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotate the first channels, as many as ``cos`` has, in float32."""
+        dim = cos.shape[-1]
+        turned = apply_rotary_pos_emb(query[..., :dim], key[..., :dim], cos, sin)
+        query, key = (
+            torch.cat([new.type_as(x), x[..., dim:]], dim=-1)
+            for new, x in zip(turned, (query, key), strict=True)
+        )
+        return query, key
+
+
+class QWenMLP(nn.Module):
+    """``c_proj(w1(x) * silu(w2(x)))``."""
+
+    def __init__(self, config: QWenConfig) -> None:
+        super().__init__()
+        width, bias = config.intermediate_size // 2, not config.no_bias
+        self.w1 = nn.Linear(config.hidden_size, width, bias=bias)
+        self.w2 = nn.Linear(config.hidden_size, width, bias=bias)
+        self.c_proj = nn.Linear(width, config.hidden_size, bias=bias)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., hidden_size] to the same."""
+        return self.c_proj(self.w1(hidden_states) * F.silu(self.w2(hidden_states)))
+
+
+class QWenBlock(GradientCheckpointingLayer):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: QWenConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.ln_1 = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.attn = QWenAttention(config, layer_idx)
+        self.ln_2 = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mlp = QWenMLP(config)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """[B, T, hidden_size] to the same.
+
+        Args:
+            hidden_states: [B, T, hidden_size].
+            kwargs: of the attention: ``position_embeddings`` (cosines and sines [B, T, dim]),
+                ``query_scale`` [B, T] or None, ``attention_mask`` as the attention function takes
+                it, ``past_key_values``, and what transformers passes on to that function.
+        """
+        attended, _ = self.attn(self.ln_1(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.ln_2(hidden_states))
+
+
+class QWenPreTrainedModel(PreTrainedModel):
+    """What transformers has to know about these models."""
+
+    config_class = QWenConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["QWenBlock"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": QWenBlock,
+        "attentions": QWenAttention,
+    }
+    _input_embed_layer = "wte"
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, (QWenAttention, QWenMLP)):
+            # Two residual branches per block: their sum keeps its size, as in GPT-2.
+            std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
+            init.normal_(module.c_proj.weight, std=std)
+
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
+        **kwargs: Any,
+    ) -> None:
+        if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "gradient_checkpointing_kwargs must not set use_reentrant=True: adapters behind a "
+                "frozen input would get no gradient"
+            )
+        func = partial(gradient_checkpointing_func, use_reentrant=False)
+        super()._set_gradient_checkpointing(enable, func, **kwargs)
+
+
+class QWenModel(QWenPreTrainedModel):
+    """Token ids to hidden states."""
+
+    def __init__(self, config: QWenConfig) -> None:
+        super().__init__(config)
+        self.gradient_checkpointing = False
+        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.drop = nn.Dropout(config.emb_dropout_prob)
+        self.rotary_emb = RotaryEmbedding(
+            int(config.kv_channels * config.rotary_pct), config.rotary_emb_base
+        )
+        self.h = nn.ModuleList(QWenBlock(config, i) for i in range(config.num_hidden_layers))
+        self.ln_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states after the last norm.
+
+        Args:
+            input_ids: [B, T].
+            attention_mask: [B, past + T], 0 where a token is padding; or a ready-made mask.
+            position_ids: [B or 1, T]; by default every position counts, padding too, as upstream.
+                ``generate`` leaves padding out, so that a padded prompt is as long as it is alone.
+            past_key_values: earlier keys and values. The stretch of the rotary frequencies is
+                decided on the first call with an empty cache and kept in the cache.
+            inputs_embeds: [B, T, hidden_size], in place of input_ids.
+            use_cache: whether to return a cache.
+            kwargs: for transformers' attention functions and output recording.
+
+        Raises:
+            ValueError: not exactly one of input_ids and inputs_embeds.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        if inputs_embeds is None:
+            inputs_embeds = self.wte(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            count = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
+            position_ids = (count + past)[None]
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        hidden_states = self.drop(inputs_embeds)
+        alpha = self._ntk_alpha(position_ids, past_key_values)
+        position_embeddings = self.rotary_emb(position_ids, alpha)
+        query_scale = self._query_scale(position_ids)
+        for block in self.h:
+            hidden_states = block(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                query_scale=query_scale,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.ln_f(hidden_states),
+            past_key_values=past_key_values if use_cache else None,
+        )
+
+    def _ntk_alpha(self, position_ids: Tensor, past_key_values: Cache | None) -> Tensor:
+        """The stretch [B or 1] that a prompt's keys were, or are now to be, rotated with.
+
+        The cache keeps it: it belongs to the keys. A static cache counts its tokens on the device,
+        so there the choice is made on the device too, in memory that a CUDA graph can keep.
+        """
+        lengths = position_ids.amax(-1) + 1
+        if self.config.use_dynamic_ntk and not self.training:
+            alpha = ntk_alpha(lengths, self.config.seq_length)
+        else:
+            alpha = torch.ones_like(lengths, dtype=torch.float32)
+        if past_key_values is None:
+            return alpha
+        kept, past = getattr(past_key_values, "ntk_alpha", None), past_key_values.get_seq_length()
+        if kept is None or (isinstance(past, int) and past == 0):
+            if not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(alpha)
+            past_key_values.ntk_alpha = kept = alpha
+        elif isinstance(past, Tensor):
+            kept.copy_(torch.where(past == 0, alpha, kept))
+        return kept
+
+    def _query_scale(self, position_ids: Tensor) -> Tensor | None:
+        """Log-n attention: log(position) to the base seq_length beyond it, 1 up to it; [B, T]."""
+        if self.training or not self.config.use_logn_attn:
+            return None
+        scale = (position_ids + 1).float().log() / math.log(self.config.seq_length)
+        return scale.clamp(min=1.0)
+
+
+class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
+    """Token ids to logits."""
+
+    transformer_class: type[QWenModel] = QWenModel
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
+
+    def __init__(self, config: QWenConfig) -> None:
+        super().__init__(config)
+        self.transformer = self.transformer_class(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits [B, T, vocab_size], and the loss where labels are given.
+
+        Args:
+            labels: [B, T], the ids themselves (they are shifted here), -100 where none counts.
+            logits_to_keep: the last so many positions, or the positions in a tensor; 0 for all.
+            kwargs: and the other arguments: see :meth:`QWenModel.forward`. ``num_items_in_batch``
+                is the divisor of the loss.
+        """
+        outputs = self.transformer(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_states[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+AutoModel.register(QWenConfig, QWenModel)
+AutoModelForCausalLM.register(QWenConfig, QWenLMHeadModel)
