@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+from collections.abc import Sequence
 from typing import IO, Any, TypeAlias
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
+from monkey_kernels import extract_crops
 from monkey_model.fetch import SCHEME, fetch, redact
 
 ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
@@ -127,6 +129,45 @@ def load_image(
         "source must be a path, an http(s) URL, bytes, a PIL.Image.Image, a numpy.ndarray or a "
         f"torch.Tensor; got {type(source).__name__}"
     )
+
+
+def load_crops(
+    images: Sequence[ImageSource],
+    *,
+    device: str | torch.device,
+    allow_urls: bool = False,
+    fast_decode: tuple[int, int] | None = None,
+    **settings: Any,
+) -> Tensor:
+    """Decode images and cut them into crops on ``device``.
+
+    Args:
+        images: of any kinds and sizes; see :func:`load_image`.
+        device: where the crops are cut, and stay.
+        allow_urls: of :func:`load_image`, as is ``fast_decode``.
+        settings: of :func:`monkey_kernels.extract_crops`.
+
+    Returns:
+        [B * crops per image, 3, crop_size, crop_size], as ``extract_crops`` returns them.
+
+    Raises:
+        TypeError, ValueError: the errors of both functions, those of an image with its number.
+    """
+    if isinstance(images, (str, bytes)) or not isinstance(images, Sequence):
+        raise TypeError(
+            f"images must be a list of images; got {type(images).__name__} (put one image in "
+            "a list)"
+        )
+    decoded = []
+    for number, image in enumerate(images):
+        try:
+            pixels = load_image(image, allow_urls=allow_urls, fast_decode=fast_decode)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"images[{number}]: {error}") from error
+        decoded.append(pixels.to(device))
+    if len({image.dtype for image in decoded}) < 2:
+        return extract_crops(decoded, **settings)
+    return torch.cat([extract_crops([image], **settings) for image in decoded])
 
 
 def _decode(

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from monkey_kernels import extract_crops
 from monkey_kernels.checks import (
     check_choice,
     check_divides,
@@ -28,7 +27,7 @@ from monkey_kernels.checks import (
 )
 from monkey_kernels.crops.reference import FITS, INTERPOLATIONS
 from monkey_model.blocks import TransformerBlock, VisualAttention, VisualAttentionBlock
-from monkey_model.images import ImageSource, load_image
+from monkey_model.images import ImageSource, load_crops
 from monkey_model.lora import (
     AdapterSelection,
     Lora_Adapter,
@@ -276,29 +275,16 @@ class VisionTransformer(nn.Module):
         On ``device``, by default the encoder's, float32. The other arguments are those of
         :meth:`encode_images`.
         """
-        if isinstance(images, (str, bytes)) or not isinstance(images, Sequence):
-            raise TypeError(
-                f"images must be a list of images; got {type(images).__name__} (put one image in "
-                "a list)"
-            )
-        device = self.transformer.get_cast_device() if device is None else device
-        enough = self.canvas_size if fast_decode else None
-        decoded = []
-        for number, image in enumerate(images):
-            try:
-                pixels = load_image(image, allow_urls=allow_urls, fast_decode=enough)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"images[{number}]: {error}") from error
-            decoded.append(pixels.to(device))
-        settings: dict[str, Any] = {
-            "grid": self.grid,
-            "crop_size": self.crop_size,
-            "interpolation": self.interpolation,
-            "fit": self.fit,
-        }
-        if len({image.dtype for image in decoded}) < 2:
-            return extract_crops(decoded, **settings)
-        return torch.cat([extract_crops([image], **settings) for image in decoded])
+        return load_crops(
+            images,
+            device=self.transformer.get_cast_device() if device is None else device,
+            allow_urls=allow_urls,
+            fast_decode=self.canvas_size if fast_decode else None,
+            grid=self.grid,
+            crop_size=self.crop_size,
+            interpolation=self.interpolation,
+            fit=self.fit,
+        )
 
     def encode(
         self, image_paths: Sequence[ImageSource], *, allow_urls: bool = False

@@ -1,0 +1,70 @@
+"""A small vocabulary in the format of ``qwen.tiktoken``, and upstream's rules on top of tiktoken."""
+
+from __future__ import annotations
+
+import base64
+import re
+import unicodedata
+from pathlib import Path
+
+import tiktoken
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from monkey_model.tokenization_qwen import QWenTokenizer
+
+_WORDS = "the| the|image| image|Answer| Answer:|user|assistant|system|<|>|<|im|_start|图|é|ing|\n\n"
+SPECIAL = [
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    *(f"<|extra_{i}|>" for i in range(205)),
+    *("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<img>", "</img>", "<imgpad>"),
+]
+
+
+def ranks() -> dict[bytes, int]:
+    """The bytes, in the order of the real vocabulary (not that of their values), and some words."""
+    tokens = [bytes([byte]) for byte in bytes_to_unicode()]
+    for word in _WORDS.split("|"):
+        data = word.encode()
+        tokens += [data[:end] for end in range(2, len(data) + 1)]
+    return {token: rank for rank, token in enumerate(dict.fromkeys(tokens))}
+
+
+def write_vocabulary(directory: Path) -> Path:
+    """``qwen.tiktoken`` in ``directory``."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "qwen.tiktoken"
+    lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks().items())
+    path.write_text("".join(lines))
+    return path
+
+
+def small_tokenizer(directory: Path, image_span: int = 20, **kwargs) -> QWenTokenizer:
+    return QWenTokenizer(write_vocabulary(directory), image_span=image_span, **kwargs)
+
+
+class Upstream:
+    """Upstream's encode and decode, from its description, on tiktoken."""
+
+    def __init__(self, image_span: int) -> None:
+        self.image_span = image_span
+        self.special = {token: len(ranks()) + number for number, token in enumerate(SPECIAL)}
+        self.encoding = tiktoken.Encoding(
+            "small",
+            pat_str=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+            r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+            mergeable_ranks=ranks(),
+            special_tokens=self.special,
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """All special tokens special; no special token inside an image span."""
+        ids: list[int] = []
+        parts = re.split(r"<img>(.*?)</img>", unicodedata.normalize("NFC", text), flags=re.DOTALL)
+        for number, part in enumerate(parts):
+            if number % 2 == 0:
+                ids += self.encoding.encode(part, allowed_special="all", disallowed_special=())
+            else:
+                path = list(part.encode())
+                pads = [self.special["<imgpad>"]] * (self.image_span - len(path))
+                ids += [self.special["<img>"], *path, *pads, self.special["</img>"]]
+        return ids
