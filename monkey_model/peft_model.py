@@ -1,0 +1,112 @@
+"""A ``PeftModel`` that saves every tensor it trains.
+
+peft saves LoRA and the copies of ``modules_to_save``. What trains besides (a thawed block of the
+LLM, ``ln_post`` and the bare parameter ``proj`` with ``fix_vit=False``, ...) would be lost without
+a word, in ``save_pretrained`` and in the Trainer's checkpoints. Here it goes to a second file in
+the same directory, under upstream's names.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from monkey_model.freeze import upstream_name
+
+#: Beside peft's ``adapter_model.safetensors``, where there is anything to put into it.
+BASE_WEIGHTS = "trained_base.safetensors"
+
+
+class MonkeyPeftModel(PeftModel):
+    """As ``peft.PeftModel``; ``save_pretrained`` and ``load_adapter`` keep trained base weights.
+
+    Directories only: peft fetches its own files from the Hub, and not the second one.
+
+    Raises:
+        ValueError: a config with a ``task_type``, for which ``from_pretrained`` would make another
+            class.
+    """
+
+    def __init__(self, model: nn.Module, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        if peft_config.task_type is not None:
+            raise ValueError(f"peft_config.task_type must be None; got {peft_config.task_type!r}")
+        super().__init__(model, peft_config, *args, **kwargs)
+        self._loaded_base: set[str] = set()
+
+    def save_pretrained(  # type: ignore[override] # all but the directory by keyword
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        selected_adapters: list[str] | None = None,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As peft's, and the base weights that train, or came with the adapter, beside it."""
+        super().save_pretrained(
+            os.fspath(save_directory),
+            selected_adapters=selected_adapters,
+            is_main_process=is_main_process,
+            state_dict=state_dict,
+            **kwargs,
+        )
+        if not is_main_process:
+            return
+        values = self.state_dict() if state_dict is None else state_dict
+        base = {
+            short: values[name].contiguous()
+            for name, short, parameter in self._base_parameters()
+            if parameter.requires_grad or short in self._loaded_base
+        }
+        for adapter in self.peft_config if selected_adapters is None else selected_adapters:
+            directory = Path(save_directory, adapter if adapter != "default" else "")
+            if base:
+                unfinished = directory / f"{BASE_WEIGHTS}.tmp"
+                save_file(base, unfinished, metadata={"format": "pt"})
+                os.replace(unfinished, directory / BASE_WEIGHTS)
+            else:
+                (directory / BASE_WEIGHTS).unlink(missing_ok=True)
+
+    def load_adapter(self, model_id: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """As peft's, and the base weights that :meth:`save_pretrained` put beside the adapter.
+
+        Raises:
+            ValueError: a base weight that the model lacks, or has in another shape, quantised or
+                offloaded. No base weight has changed then.
+        """
+        result = super().load_adapter(os.fspath(model_id), *args, **kwargs)
+        path = Path(model_id, kwargs.get("subfolder") or "", BASE_WEIGHTS)
+        if not path.is_file():
+            return result
+        base = load_file(path)
+        parameters = {short: parameter for _, short, parameter in self._base_parameters()}
+        for name, value in base.items():
+            _check_target(path, name, value, parameters.get(name))
+        with torch.no_grad():
+            for name, value in base.items():
+                parameters[name].copy_(value)
+        self._loaded_base |= set(base)
+        return result
+
+    def _base_parameters(self) -> list[tuple[str, str, nn.Parameter]]:
+        """The model's name, upstream's name and the parameter, for every base weight."""
+        named = ((name, upstream_name(name), p) for name, p in self.named_parameters())
+        return [(name, short, p) for name, short, p in named if short is not None]
+
+
+def _check_target(path: Path, name: str, value: Tensor, target: nn.Parameter | None) -> None:
+    if target is None:
+        raise ValueError(f"{path} holds {name}, which the model has not")
+    if target.shape != value.shape or not target.is_floating_point():
+        raise ValueError(
+            f"{path} holds {name} {list(value.shape)}; the model has {list(target.shape)} "
+            f"{target.dtype}"
+        )
+    if target.is_meta:
+        raise ValueError(f"{path} holds {name}, which the model has offloaded: load it on a device")

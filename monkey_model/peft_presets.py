@@ -1,0 +1,103 @@
+"""LoRA through peft: which layers, and what is saved beside the adapters.
+
+    model = MonkeyPeftModel(model, lora_config(model))
+    report = freeze(model)
+    ...
+    model.save_pretrained("adapter")
+    model = MonkeyPeftModel.from_pretrained(base, "adapter")
+    model.merge_and_unload().save_pretrained("merged")  # upstream's keys
+
+The resampler and upstream's per-crop adapters go through peft's ``modules_to_save``: copies that
+train, are saved with the adapter, and take the place of the originals when merged. So a directory
+of the published recipe loads with plain ``PeftModel.from_pretrained`` too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from peft import LoraConfig
+from torch import nn
+
+from monkey_kernels.checks import check_choice
+from monkey_model.visual import VisionTransformer
+
+#: Layers of each part that LoRA can wrap, as patterns that peft matches against a whole name.
+TARGETS = {
+    "llm": r"transformer\.h\.\d+\.(?:attn\.(?:c_attn|c_proj)|mlp\.(?:w1|w2))",
+    "resampler": r"transformer\.visual\.attn_pool\.(?:kv_proj|attn\.out_proj)",
+    "vit": (
+        r"transformer\.visual\.transformer\.resblocks\.\d+\."
+        r"(?:attn\.(?:in_proj|out_proj)|mlp\.(?:c_fc|c_proj))"
+    ),
+}
+
+#: What bitsandbytes has to leave alone, because it trains as it is:
+#: ``BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=NOT_QUANTISED)``.
+NOT_QUANTISED = ["lm_head", "attn_pool", "in_proj_lora", "out_proj_lora", "mlp_lora"]
+
+
+def lora_config(
+    model: nn.Module,
+    targets: Sequence[str] = ("llm",),
+    *,
+    r: int = 16,
+    lora_alpha: int = 32,
+    lora_dropout: float = 0.05,
+    train_resampler: bool = True,
+    train_vit_lora: bool = True,
+    **settings: Any,
+) -> LoraConfig:
+    """peft's config for LoRA in some parts of a Monkey model.
+
+    Args:
+        model: the model that it is for, not yet wrapped.
+        targets: parts to put LoRA in: ``"llm"`` (``c_attn``, ``attn.c_proj``, ``w1``, ``w2``),
+            ``"resampler"`` (``kv_proj``, ``attn.out_proj``), ``"vit"`` (``in_proj``, ``out_proj``,
+            ``c_fc``, ``c_proj``).
+        r: rank.
+        lora_alpha: LoRA's output is scaled by lora_alpha / r.
+        lora_dropout: of LoRA's input.
+        train_resampler: train and save the resampler itself; it then takes no LoRA, so this counts
+            only without ``"resampler"`` among the targets.
+        train_vit_lora: train and save upstream's per-crop adapters.
+        settings: anything else that ``peft.LoraConfig`` takes.
+
+    Raises:
+        ValueError: an unknown target; LoRA in the resampler of upstream's own encoder, whose
+            ``nn.MultiheadAttention`` reads ``out_proj.weight`` without calling ``out_proj``.
+
+    Source: upstream ``finetune_multitask.py`` (rank, alpha, dropout), Qwen (the LLM's layers).
+    """
+    if not targets or isinstance(targets, str):
+        raise ValueError(f"targets must be a list of {', '.join(TARGETS)}; got {targets!r}")
+    for target in targets:
+        check_choice("targets", target, list(TARGETS))
+    visual = getattr(getattr(model, "transformer", None), "visual", None)
+    if "resampler" in targets and not isinstance(visual, VisionTransformer):
+        raise ValueError(
+            "targets must not hold 'resampler' with upstream's encoder, which would ignore the "
+            f"LoRA of out_proj: call patch_visual(model) first; got {type(visual).__name__}"
+        )
+    modules_to_save = list(settings.pop("modules_to_save", None) or [])
+    if train_resampler and "resampler" not in targets:
+        modules_to_save.append("attn_pool")
+    if train_vit_lora:
+        modules_to_save += _adapter_suffixes(model)
+    return LoraConfig(
+        r=r,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        target_modules="|".join(f"(?:{TARGETS[target]})" for target in targets),
+        modules_to_save=modules_to_save or None,
+        **settings,
+    )
+
+
+def _adapter_suffixes(model: nn.Module) -> list[str]:
+    """The ends of the per-crop adapters' names, the same in every block: ``in_proj_lora.0``, ..."""
+    # Not the banks: peft cannot copy an nn.ModuleList. By name, for upstream's own class too.
+    names = (re.search(r"\w+_lora\.\d+$", name) for name, _ in model.named_modules())
+    return sorted({name[0] for name in names if name})
