@@ -31,18 +31,23 @@ def atomic(path: Path, keep: bool = True) -> Iterator[str]:
         raise
 
 
-def unfinished(directory: Path) -> Path:
-    """Where ``directory`` is written, for :func:`finish`; without what a broken run left there."""
-    place = directory.with_name(f"{directory.name}.unfinished")
-    shutil.rmtree(place, ignore_errors=True)
-    return place
+@contextmanager
+def atomic_directory(path: Path, write: bool = True) -> Iterator[Path]:
+    """A temporary name for a directory, which takes the place of ``path`` at the end.
 
-
-def finish(directory: Path) -> None:
-    """Give ``directory`` its name, in the place of an older one."""
-    old = directory.with_name(f"{directory.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if directory.is_dir():
-        os.replace(directory, old)
-    os.replace(directory.with_name(f"{directory.name}.unfinished"), directory)
-    shutil.rmtree(old, ignore_errors=True)
+    Args:
+        path: where it is to be.
+        write: False in the processes that take part in writing without owning the directory: they
+            get the name, and move nothing.
+    """
+    unfinished, old = (path.with_name(f"{path.name}.{what}") for what in ("unfinished", "old"))
+    if write:
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+        unfinished.mkdir(parents=True)
+    yield unfinished
+    if write:
+        if path.is_dir():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(path, old)
+        os.replace(unfinished, path)
+        shutil.rmtree(old, ignore_errors=True)
