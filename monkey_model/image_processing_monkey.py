@@ -140,7 +140,8 @@ class MonkeyImageProcessor(BaseImageProcessor):
         """The saved settings; of a published checkpoint, which has none, those of its encoder.
 
         Raises:
-            ValueError: no settings, and no ``visual`` in ``config.json``.
+            ValueError: no settings, and no ``visual`` in ``config.json``, or one that describes no
+                encoder.
         """
         name = pretrained_model_name_or_path
         hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
@@ -155,8 +156,13 @@ class MonkeyImageProcessor(BaseImageProcessor):
                 f"{name} must have {PROCESSOR_NAME}, {IMAGE_PROCESSOR_NAME} or an object 'visual' "
                 "in config.json; got none"
             )
-        with torch.device("meta"):  # one block is enough to ask
-            encoder = VisionTransformer(**{"interpolation": "bicubic", **visual, "layers": 1})
+        try:
+            with torch.device("meta"):  # one block is enough to ask
+                encoder = VisionTransformer(**{"interpolation": "bicubic", **visual, "layers": 1})
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"'visual' in config.json of {name} does not describe an encoder: {error}"
+            ) from None
         settings = {
             "grid": encoder.grid,
             "crop_size": encoder.crop_size,

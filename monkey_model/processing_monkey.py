@@ -41,9 +41,8 @@ class MonkeyProcessor(ProcessorMixin):
         tokenizer: QWenTokenizer,
         chat_template: str | None = None,
     ) -> None:
-        super().__init__(
-            image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template
-        )
+        super().__init__(image_processor, tokenizer)
+        self.chat_template = chat_template or tokenizer.chat_template
         if tokenizer.image_span != image_processor.image_span:
             raise ValueError(
                 "tokenizer.image_span must be crops_per_image * n_queries of image_processor, "

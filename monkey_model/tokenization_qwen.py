@@ -76,6 +76,13 @@ def _convert(vocab_file: str) -> Tokenizer:
     return tokenizer
 
 
+def _read(tokenizer_file: str) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(tokenizer_file)
+    except Exception as error:  # the library has no class of its own for it
+        raise ValueError(f"tokenizer_file {tokenizer_file} cannot be read: {error}") from None
+
+
 class QWenTokenizer(TokenizersBackend):
     """Upstream's tokenizer: the same ids, and the same text back.
 
@@ -123,11 +130,14 @@ class QWenTokenizer(TokenizersBackend):
         **kwargs: Any,
     ) -> None:
         if tokenizer_file is not None:
-            self._tokenizer = Tokenizer.from_file(str(tokenizer_file))
+            self._tokenizer = _read(str(tokenizer_file))
         elif vocab_file is not None:
             self._tokenizer = _convert(str(vocab_file))
         else:
-            raise ValueError("vocab_file or tokenizer_file must be given; got neither")
+            raise ValueError(
+                "vocab_file (qwen.tiktoken) or tokenizer_file (tokenizer.json) must be given, or "
+                f"be in the directory; got neither: {kwargs.get('name_or_path')}"
+            )
         kwargs.pop("auto_map", None)  # a published checkpoint's own names upstream's code
         defaults = {
             "pad_token": ENDOFTEXT,

@@ -1,4 +1,4 @@
-"""A small vocabulary in the format of ``qwen.tiktoken``, and upstream's rules on top of tiktoken."""
+"""A small vocabulary in the format of ``qwen.tiktoken``, and upstream's rules on tiktoken."""
 
 from __future__ import annotations
 
