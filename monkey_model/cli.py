@@ -1,4 +1,4 @@
-"""The command line: ``monkey encode`` and ``monkey doctor``."""
+"""The command line: ``monkey encode`` and ``monkey doctor``; the others are in ``cli_model``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from monkey_model import cli_model
 from monkey_model.console import (
     DType,
     default_dtype,
@@ -39,8 +40,10 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="The visual encoder of the Monkey multimodal model.",
+    help="The Monkey multimodal model and its visual encoder.",
 )
+for command in (cli_model.ask, cli_model.finetune, cli_model.merge):
+    app.command()(command)
 
 # A stand-in for people without a checkpoint: the real head widths and token count, few weights.
 SEEDED_CONFIG: dict[str, Any] = {

@@ -181,7 +181,7 @@ def _image_paths(key: str, text: str) -> list[str]:
 
 
 def _unreadable_images(conversations: Iterable[Conversation]) -> list[str]:
-    first_use = {}
+    first_use: dict[str, str] = {}
     for conversation in conversations:
         for image in conversation.images:
             first_use.setdefault(image, conversation.where)
