@@ -14,6 +14,7 @@ from peft import PeftConfig
 from torch import Tensor
 
 from monkey_kernels.checks import check_positive_int
+from monkey_model.files import check_directory
 from monkey_model.modeling_monkey import MonkeyLMHeadModel
 from monkey_model.peft_model import MonkeyPeftModel
 from monkey_model.processing_monkey import MonkeyProcessor
@@ -81,11 +82,13 @@ class Asker:
             OSError, ValueError: a checkpoint that is not there, or not whole.
         """
         directory = Path(checkpoint)
-        if not directory.is_dir():
-            raise FileNotFoundError(f"checkpoint must be a directory; got {directory}")
+        check_directory("checkpoint", directory)
         adapter = (directory / "adapter_config.json").is_file()
-        base = PeftConfig.from_pretrained(str(directory)).base_model_name_or_path if adapter else ""
-        model: Any = MonkeyLMHeadModel.from_pretrained(base or directory, dtype=dtype)
+        base: Any = directory
+        if adapter:
+            base = PeftConfig.from_pretrained(str(directory)).base_model_name_or_path
+            check_directory("base_model_name_or_path of the adapter", base)
+        model: Any = MonkeyLMHeadModel.from_pretrained(base, dtype=dtype)
         if adapter:
             model = MonkeyPeftModel.from_pretrained(model, directory).merge_and_unload()
         model = model.to(device=device, dtype=dtype)

@@ -10,6 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def check_directory(name: str, path: str | Path) -> None:
+    """Raise a FileNotFoundError, which calls ``path`` by ``name``, if it is no directory."""
+    # transformers would look for it on the Hub.
+    if not os.path.isdir(path):
+        raise FileNotFoundError(f"{name} must be a directory; got {path}")
+
+
 @contextmanager
 def atomic(path: Path, keep: bool = True) -> Iterator[str]:
     """A temporary name to write to, renamed to ``path`` at the end: whole, or not there."""

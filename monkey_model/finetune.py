@@ -31,7 +31,7 @@ from transformers import (
 from transformers.trainer_utils import rotate_checkpoints
 
 from monkey_model.conversations import ConversationCollator, ConversationDataset, read_conversations
-from monkey_model.files import atomic, atomic_directory
+from monkey_model.files import atomic, atomic_directory, check_directory
 from monkey_model.finetune_config import FinetuneConfig, training_arguments
 from monkey_model.freeze import FreezeReport, freeze
 from monkey_model.modeling_monkey import MonkeyLMHeadModel
@@ -116,6 +116,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> FreezeReport:
         ValueError: a setting, a record or a checkpoint that does not fit; or ``output_dir`` has
             checkpoints and ``resume`` is False.
     """
+    check_directory("checkpoint", config.checkpoint)
     arguments = training_arguments(config)
     arguments.save_total_limit, limit = None, arguments.save_total_limit
     start = _starting_point(config.output_dir, resume)
@@ -192,7 +193,12 @@ def merge(checkpoint: str | Path, adapter: str | Path, output_dir: str | Path) -
         checkpoint: directory that the adapter was trained on.
         adapter: directory that :func:`finetune` wrote in mode ``"lora"``.
         output_dir: appears whole or not at all; replaced if it is there.
+
+    Raises:
+        OSError, ValueError: a directory that is not there, or not what it should be.
     """
+    check_directory("checkpoint", checkpoint)
+    check_directory("adapter", adapter)
     model = MonkeyLMHeadModel.from_pretrained(checkpoint, dtype="auto")
     dtype = model.dtype
     merged = MonkeyPeftModel.from_pretrained(model, adapter).merge_and_unload()

@@ -146,8 +146,9 @@ class FinetuneConfig:
         if self.quantization is not None:
             check_choice("quantization", self.quantization, QUANTIZATIONS)
         check_positive_int("model_max_length", self.model_max_length)
-        if self.lora and self.mode != "lora":
-            raise ValueError(f"lora belongs to mode 'lora'; got mode {self.mode!r}")
+        for name in ("lora", "merge"):
+            if getattr(self, name) and self.mode != "lora":
+                raise ValueError(f"{name} belongs to mode 'lora'; got mode {self.mode!r}")
 
 
 def check_keys(section: str, given: Iterable[str], known: Collection[str]) -> None:
