@@ -191,8 +191,8 @@ def _check_layout(ours: nn.Module, stock: nn.Module) -> None:
         shown, more = problems[:5], len(problems) - 5
         tail = f"; and {more} more" if more > 0 else ""
         raise ValueError(
-            "model.transformer.visual must be the encoder of config.visual, with no module_to_save "
-            f"of peft inside; got {'; '.join(shown)}{tail}"
+            "model.transformer.visual must be the encoder of config.visual, before peft copies "
+            f"parts of it (modules_to_save); got {'; '.join(shown)}{tail}"
         )
 
 

@@ -6,12 +6,11 @@ What someone has who keeps their own upstream model object. The arithmetic of th
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PretrainedConfig
 
 from benchmarks import baselines
 from monkey_model.visual import VisionTransformer as OurVisionTransformer
@@ -151,12 +150,12 @@ class StockTransformer(nn.Module):
 
 
 class StockModel(nn.Module):
-    """Upstream's layout, seeded; in no adapter a no-op."""
+    """Upstream's layout, seeded; no adapter is a no-op."""
 
     def __init__(self, blocks=3, seed=0, **visual):
         torch.manual_seed(seed)
         super().__init__()
-        self.config = SimpleNamespace(visual={**VISUAL, **visual}, model_type="stock")
+        self.config = PretrainedConfig(visual={**VISUAL, **visual})
         self.transformer = StockTransformer(self.config.visual, blocks)
         self.lm_head = nn.Linear(self.config.visual["output_dim"], 320, bias=False)
         with torch.no_grad():

@@ -41,15 +41,11 @@ def tiny_config(blocks: int = 3, **settings) -> MonkeyConfig:
 def tiny_model(blocks: int = 3, seed: int = 0, **settings) -> MonkeyLMHeadModel:
     torch.manual_seed(seed)
     model = MonkeyLMHeadModel(tiny_config(blocks, **settings)).eval()
-    randomise_adapters(model)
-    return model
-
-
-def randomise_adapters(model: torch.nn.Module) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_b." in name or "lora_B." in name or "lora_scale" in name:
+            if "lora_b" in name or "lora_scale" in name:
                 parameter.normal_(std=0.5)
+    return model
 
 
 def tiny_batch(seed: int = 0) -> dict[str, Tensor]:
