@@ -157,6 +157,12 @@ def build_model(
     config: FinetuneConfig, arguments: TrainingArguments
 ) -> tuple[nn.Module, FreezeReport]:
     """The model of ``config``, frozen, in peft's wrapper where LoRA trains, and what trains."""
+    if arguments.deepspeed:
+        import deepspeed
+
+        # ZeRO-3 shards weights as they load. On CPUs transformers has not told DeepSpeed yet of the
+        # processes among which.
+        deepspeed.init_distributed()
     dtype = getattr(torch, config.dtype)
     settings: dict[str, Any] = {"dtype": dtype}
     if config.quantization is not None:
