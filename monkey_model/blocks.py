@@ -104,19 +104,19 @@ class VisualAttention(_Recomputing):
     def forward(
         self,
         query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
         attn_mask: Tensor | None = None,
         idx: AdapterSelection = None,
     ) -> Tensor:
-        """``query``, ``key`` and ``value`` are one tensor [N, crops, E]; returns its shape.
+        """``query`` is [N, crops, E], ``key`` and ``value`` are it or None; returns its shape.
 
         ``attn_mask`` is added to the scores: [N, N], or [crops * heads or 1, N, N].
 
         Raises:
-            ValueError: key or value is not the tensor query.
+            ValueError: key or value is another tensor than query.
         """
-        if key is not query or value is not query:
+        if not (key is None or key is query) or not (value is None or value is query):
             raise ValueError("key and value must be the tensor query itself (self-attention)")
         x = query.transpose(0, 1)
         packed = self._adapted(self.in_proj, x, self.in_proj_lora, idx)
@@ -178,8 +178,7 @@ class VisualAttentionBlock(_Recomputing):
         idx: AdapterSelection = None,
     ) -> Tensor:
         """The attention alone, [N, crops, d_model]; ``k_x`` and ``v_x`` default to ``q_x``."""
-        k_x = q_x if k_x is None else k_x
-        v_x = q_x if v_x is None else v_x
+        # They go on as None: ZeRO-3 gives a module a new tensor for each one that it is called with.
         mask = None if attn_mask is None else attn_mask.to(q_x.dtype)
         return self.attn(q_x, k_x, v_x, attn_mask=mask, idx=idx)
 

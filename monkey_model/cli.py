@@ -1,25 +1,32 @@
-"""The command line: ``monkey encode`` and ``monkey doctor``."""
+"""The command line: ``monkey encode`` and ``monkey doctor``; the others are in ``cli_model``."""
 
 from __future__ import annotations
 
 import os
 import platform
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
-from monkey_model.fetch import redact
+from monkey_model import cli_model
+from monkey_model.console import (
+    DType,
+    default_dtype,
+    err_console,
+    out_console,
+    report,
+    say,
+    shown,
+    usable_device,
+)
+from monkey_model.files import atomic
 
 if TYPE_CHECKING:
     import torch
@@ -33,10 +40,10 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="The visual encoder of the Monkey multimodal model.",
+    help="The Monkey multimodal model and its visual encoder.",
 )
-out_console = Console()
-err_console = Console(stderr=True)
+for command in (cli_model.ask, cli_model.finetune, cli_model.merge):
+    app.command()(command)
 
 # A stand-in for people without a checkpoint: the real head widths and token count, few weights.
 SEEDED_CONFIG: dict[str, Any] = {
@@ -62,27 +69,6 @@ class Fit(str, Enum):
     pad = "pad"
 
 
-class DType(str, Enum):
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-
-
-def _shown(name: str) -> str:
-    """``name`` fit to be printed and stored: no passwords of URLs, no undecodable bytes."""
-    return os.fsencode(redact(name)).decode("utf-8", "backslashreplace")
-
-
-def _say(console: Console, message: str) -> None:
-    # File names may hold what Rich takes for markup or emoji.
-    console.print(message, markup=False, emoji=False, highlight=False, soft_wrap=True)
-
-
-def _error(message: str) -> None:
-    err_console.print(Text("Error: ", "bold red"), end="")
-    _say(err_console, _shown(message))
-
-
 def _parse_grid(text: str) -> tuple[int, int]:
     rows, x, columns = text.lower().partition("x")
     if not (x and rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
@@ -104,8 +90,8 @@ def _output_paths(images: Sequence[str], out: Path | None, preview: Path | None)
     if preview is not None and preview.suffix.lower() != ".png":
         raise typer.BadParameter(f"--preview must be a .png file; got {preview}")
     # Nothing is written over an input or another output, however it is spelled.
-    owner = {os.path.realpath(image): f"the image {_shown(image)}" for image in images}
-    outputs = [(path, f"the tokens of {_shown(image)}")
+    owner = {os.path.realpath(image): f"the image {shown(image)}" for image in images}
+    outputs = [(path, f"the tokens of {shown(image)}")
                for image, path in zip(images, paths, strict=True)]  # fmt: skip
     if preview is not None:
         outputs.append((preview, "the preview"))
@@ -115,30 +101,9 @@ def _output_paths(images: Sequence[str], out: Path | None, preview: Path | None)
             raise typer.BadParameter(f"{what} would be written over {owner[real]}: {path}")
         owner[real] = what
     for path in {path.parent: path for path, _ in outputs}.values():
-        with _atomic(path, keep=False):
+        with atomic(path, keep=False):
             pass  # the folder is there, or can be made, and takes files
     return paths
-
-
-@contextmanager
-def _atomic(path: Path, keep: bool = True) -> Iterator[str]:
-    """A temporary name to write to, renamed to ``path`` at the end: whole, or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".monkey-", suffix=path.suffix)
-    os.close(handle)
-    try:
-        yield name
-        if not keep:
-            os.unlink(name)
-            return
-        # mkstemp's file is private; what the user asked for has the usual permissions.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
@@ -255,7 +220,7 @@ def encode(
     try:
         paths = _output_paths(images, out, preview)
     except OSError as error:
-        _error(f"the output cannot be written: {error}")
+        report(f"the output cannot be written: {error}")
         raise typer.Exit(2) from None
 
     import torch
@@ -270,15 +235,13 @@ def encode(
     }
     settings = {name: value for name, value in settings.items() if value is not None}
     try:
-        target = _usable_device(device)
-        if dtype is None:
-            dtype = DType.float32 if target.type == "cpu" else DType.bfloat16
+        target = usable_device(device)
         encoder = _build_encoder(
-            checkpoint, target, getattr(torch, dtype.value), allow_pickle, settings
+            checkpoint, target, default_dtype(dtype, target), allow_pickle, settings
         )
         adapters = encoder.adapter_index()
     except (ValueError, OSError, RuntimeError) as error:
-        _error(str(error))
+        report(str(error))
         raise typer.Exit(2) from None
     if checkpoint is None:
         err_console.print(
@@ -287,7 +250,7 @@ def encode(
         )
 
     metadata = {
-        "checkpoint": _shown(str(checkpoint)) if checkpoint else "none: random weights",
+        "checkpoint": shown(str(checkpoint)) if checkpoint else "none: random weights",
         "grid": f"{encoder.grid[0]}x{encoder.grid[1]}",
         "interpolation": encoder.interpolation,
         "fit": encoder.fit,
@@ -311,13 +274,13 @@ def encode(
                     crops = encoder.extract_crops([image for *_, image in decoded])
                     tokens = encoder.encode_crops(crops)
                 except (ValueError, RuntimeError) as error:  # a backend, or memory
-                    _error(str(error))
+                    report(str(error))
                     raise typer.Exit(2) from None
                 if preview is not None:
                     picture = draw_crops(crops[: len(adapters)], encoder.grid, adapters)
-                    with _atomic(preview) as file:
+                    with atomic(preview) as file:
                         picture.save(file, "PNG")
-                    _say(err_console, f"crops of {_shown(decoded[0][0])} -> {_shown(str(preview))}")
+                    say(err_console, f"crops of {shown(decoded[0][0])} -> {shown(str(preview))}")
                     preview = None
                 tokens = tokens.unflatten(0, (len(decoded), -1)).flatten(1, 2)
                 for (name, path, image), row in zip(decoded, tokens, strict=True):
@@ -325,23 +288,8 @@ def encode(
             progress.advance(task, len(batch))
     if failed:
         names = ", ".join(failed)
-        _error(f"{len(failed)} of {len(images)} images were not encoded: {names}")
+        report(f"{len(failed)} of {len(images)} images were not encoded: {names}")
         raise typer.Exit(1)
-
-
-def _usable_device(name: str | None) -> torch.device:
-    """The device called ``name``, or the default one, checked by a first allocation."""
-    import torch
-
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} cannot be used: {reason}") from None
-    return device
 
 
 def _decode_batch(
@@ -362,7 +310,7 @@ def _decode_batch(
             decoded.append((name, path, image))
         except (ValueError, OSError) as error:
             failed.append(name)
-            _error(str(error))
+            report(str(error))
     return decoded
 
 
@@ -378,16 +326,16 @@ def _save(
     from safetensors.torch import save_file
 
     size = f"{image.shape[0]}x{image.shape[1]}"
-    metadata = {"image": _shown(name), "decoded_size": size, **metadata}
+    metadata = {"image": shown(name), "decoded_size": size, **metadata}
     try:
-        with _atomic(path) as file:
+        with atomic(path) as file:
             save_file({"tokens": tokens.contiguous().cpu()}, file, metadata)
     except OSError as error:
         failed.append(name)
-        _error(f"the tokens of {name} cannot be written: {error}")
+        report(f"the tokens of {name} cannot be written: {error}")
         return
     shape = " x ".join(str(length) for length in tokens.shape)
-    _say(err_console, f"{_shown(name)}: {shape} visual tokens -> {_shown(str(path))}")
+    say(err_console, f"{shown(name)}: {shape} visual tokens -> {shown(str(path))}")
 
 
 @app.command()
@@ -403,7 +351,7 @@ def doctor() -> None:
     try:
         backend = requested_backend()
     except ValueError as error:
-        _error(str(error))
+        report(str(error))
         raise typer.Exit(2) from None
     versions = Table("package", "version", title="Versions")
     versions.add_row("python", platform.python_version())
@@ -423,7 +371,7 @@ def doctor() -> None:
         kernels.add_row(row.op, row.device, row.auto, row.why_not_triton or "can run")
     for table in (versions, devices, kernels):
         out_console.print(table)
-    _say(out_console, f"{ENVIRONMENT_VARIABLE}: {backend}")
+    say(out_console, f"{ENVIRONMENT_VARIABLE}: {backend}")
 
 
 def main() -> None:

@@ -1,0 +1,293 @@
+"""Ask a Monkey model about pictures: one question, or a file of them that can be resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from torch import Tensor
+
+from monkey_kernels.checks import check_positive_int
+from monkey_model.files import check_directory
+from monkey_model.modeling_monkey import MonkeyLMHeadModel
+from monkey_model.peft_model import MonkeyPeftModel
+from monkey_model.processing_monkey import MonkeyProcessor
+from monkey_model.prompts import GROUNDING
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about pictures.
+
+    Args:
+        text: the question.
+        images: anything that :func:`monkey_model.images.load_image` takes.
+        id: what an answer file calls it.
+    """
+
+    text: str
+    images: tuple[Any, ...]
+    id: str | int = ""
+
+
+class Asker:
+    """A model and its processor, ready to answer.
+
+    Args:
+        model: a :class:`monkey_model.modeling_monkey.MonkeyLMHeadModel`, also in peft's wrapper.
+        processor: of the same checkpoint.
+        chat: whether questions are put in ChatML, for a model trained on it, instead of upstream's
+            ``<img>...</img> QUESTION Answer: ``.
+        max_new_tokens: longest answer.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: MonkeyProcessor,
+        *,
+        chat: bool = False,
+        max_new_tokens: int = 512,
+    ) -> None:
+        check_positive_int("max_new_tokens", max_new_tokens)
+        self.model = model.eval()
+        self.processor = processor
+        self.chat = chat
+        self.max_new_tokens = max_new_tokens
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        checkpoint: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        **settings: Any,
+    ) -> Asker:
+        """Load a whole checkpoint, or what fine-tuning in mode ``"lora"`` wrote.
+
+        Args:
+            checkpoint: directory. The latter names the checkpoint that it belongs to.
+            device: to run on.
+            dtype: of weights and arithmetic.
+            settings: chat and max_new_tokens.
+
+        Raises:
+            OSError, ValueError: a checkpoint that is not there, or not whole.
+        """
+        directory = Path(checkpoint)
+        check_directory("checkpoint", directory)
+        adapter = (directory / "adapter_config.json").is_file()
+        base: Any = directory
+        if adapter:
+            base = PeftConfig.from_pretrained(str(directory)).base_model_name_or_path
+            check_directory("base_model_name_or_path of the adapter", base)
+        model: Any = MonkeyLMHeadModel.from_pretrained(base, dtype=dtype)
+        if adapter:
+            model = MonkeyPeftModel.from_pretrained(model, directory).merge_and_unload()
+        model = model.to(device=device, dtype=dtype)
+        return cls(model, MonkeyProcessor.from_pretrained(directory), **settings)
+
+    def read_images(self, question: Question) -> list[Tensor]:
+        """The crops of each picture, [1, crops_per_image, 3, crop_size, crop_size].
+
+        Raises:
+            TypeError, ValueError, OSError: a picture that cannot be read.
+        """
+        process = self.processor.image_processor
+        return [process([image])["pixel_values"] for image in question.images]
+
+    def prompt(self, question: Question) -> str:
+        """The text for the tokenizer. Special tokens in a question are plain text but for boxes."""
+        if not self.chat:
+            text = self.processor.tokenizer.escape(question.text, keep=GROUNDING)
+            return "<img></img>" * len(question.images) + f" {text} Answer: "
+        parts: list[dict[str, str]] = [{"type": "image"} for _ in question.images]
+        messages = [{"role": "user", "content": [*parts, {"type": "text", "text": question.text}]}]
+        return self.processor.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+
+    @torch.inference_mode()
+    def answer(
+        self, questions: Sequence[Question], images: Sequence[Sequence[Tensor]] | None = None
+    ) -> list[str]:
+        """Greedy answers, as one batch.
+
+        Args:
+            questions: what to answer.
+            images: what :meth:`read_images` gave for each, if it was called already.
+
+        Raises:
+            TypeError, ValueError, OSError: a picture that cannot be read, or a text that cannot be
+                tokenised.
+        """
+        if images is None:
+            images = [self.read_images(question) for question in questions]
+        tokenizer, device = self.processor.tokenizer, self.model.device
+        prompts = [self.prompt(question) for question in questions]
+        inputs = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
+        flat = [pixels for row in images for pixels in row]
+        output = self.model.generate(
+            **inputs.to(device),
+            pixel_values=torch.cat(flat).to(device) if flat else None,
+            do_sample=False,
+            num_beams=1,
+            min_new_tokens=1,
+            max_new_tokens=self.max_new_tokens,
+            pad_token_id=tokenizer.eod_id,
+            eos_token_id=[tokenizer.eod_id, tokenizer.im_end_id],
+        )
+        new = output[:, inputs["input_ids"].shape[1] :].cpu()
+        return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def read_questions(
+    path: str | Path, image_root: str | Path | None = None
+) -> tuple[list[Question], list[str]]:
+    """The questions of a JSONL file, and what is wrong with the other lines.
+
+    A line is ``{"image": path, "question": text}``, or ``"images"`` with a list of paths; its
+    ``"id"`` (a string or a number) is by default the number of its line.
+
+    Args:
+        path: the file.
+        image_root: folder of relative paths; by default the file's own.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no UTF-8.
+    """
+    path = Path(path)
+    root = path.parent if image_root is None else Path(image_root)
+    questions: list[Question] = []
+    problems: list[str] = []
+    lines: dict[str | int, int] = {}
+    for number, record in _json_lines(path):
+        try:
+            question = _question(record, number, root)
+            if question.id in lines:
+                raise ValueError(f"id {question.id!r} must differ from that of line "
+                                 f"{lines[question.id]}")  # fmt: skip
+        except ValueError as error:
+            problems.append(f"{path}, line {number}: {error}")
+            continue
+        lines[question.id] = number
+        questions.append(question)
+    return questions, problems
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be UTF-8: {error}") from None
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except json.JSONDecodeError as error:
+                yield number, error
+
+
+def _question(record: Any, number: int, root: Path) -> Question:
+    if not isinstance(record, dict):
+        got = str(record) if isinstance(record, ValueError) else type(record).__name__
+        raise ValueError(f"must be a JSON object; got {got}")
+    if ("image" in record) == ("images" in record):
+        raise ValueError(f"must have either 'image' or 'images'; got keys {sorted(record)}")
+    images = record["images"] if "images" in record else [record["image"]]
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise ValueError(f"'image' must be a path, 'images' a list of paths; got {images!r}")
+    text = record.get("question")
+    if not isinstance(text, str):
+        raise ValueError(f"'question' must be a string; got {text!r}")
+    name = record.get("id", number)
+    if type(name) not in (str, int):
+        raise ValueError(f"'id' must be a string or an integer; got {name!r}")
+    return Question(text, tuple(str(root / image) for image in images), name)
+
+
+def answered_ids(path: str | Path) -> set[str | int]:
+    """The ids in an answer file; a last line that was cut off in writing is removed from it.
+
+    Raises:
+        ValueError: another line that is no answer.
+    """
+    path = Path(path)
+    if not path.exists():
+        return set()
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
+    ids = set()
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            ids.add(json.loads(line)["id"])
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(f"{path}, line {number} must be an answer with an 'id'") from None
+    return ids
+
+
+def answer_file(
+    asker: Asker,
+    questions: Sequence[Question],
+    out: str | Path,
+    *,
+    batch_size: int = 1,
+    on_done: Callable[[int], None] = lambda count: None,
+    on_problem: Callable[[str], None] = lambda message: None,
+) -> int:
+    """Answer the questions that ``out`` does not answer yet, and append to it, line by line.
+
+    Args:
+        asker: who answers.
+        questions: with ids of their own.
+        out: JSONL of ``{"id", "images", "question", "answer"}``.
+        batch_size: questions at a time.
+        on_done: called with the number of questions that are through, answered or not.
+        on_problem: called with what is wrong with a question that cannot be answered.
+
+    Returns:
+        How many could not be answered.
+
+    Raises:
+        OSError: ``out`` cannot be written.
+        ValueError: it holds something else than answers.
+    """
+    check_positive_int("batch_size", batch_size)
+    done = answered_ids(out)
+    left = [question for question in questions if question.id not in done]
+    on_done(len(questions) - len(left))
+    failed = 0
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    # Unbuffered: each write is one call of the system, which appends all of it.
+    with open(out, "ab", buffering=0) as file:
+        for start in range(0, len(left), batch_size):
+            batch = left[start : start + batch_size]
+            readable = []
+            for question in batch:
+                try:
+                    readable.append((question, asker.read_images(question)))
+                except (TypeError, ValueError, OSError) as error:
+                    failed += 1
+                    on_problem(f"id {question.id!r}: {error}")
+            if readable:
+                asked, images = zip(*readable, strict=True)
+                for question, answer in zip(asked, asker.answer(asked, images), strict=True):
+                    record = {
+                        "id": question.id,
+                        "images": question.images,
+                        "question": question.text,
+                        "answer": answer,
+                    }
+                    file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            on_done(len(batch))
+    return failed

@@ -1,0 +1,65 @@
+"""What the commands print, and the device that they run on."""
+
+from __future__ import annotations
+
+import os
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.text import Text
+
+from monkey_model.fetch import redact
+
+if TYPE_CHECKING:
+    import torch
+
+out_console = Console()
+err_console = Console(stderr=True)
+
+
+class DType(str, Enum):
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+def shown(name: str) -> str:
+    """``name`` fit to be printed and stored: no passwords of URLs, no undecodable bytes."""
+    return os.fsencode(redact(name)).decode("utf-8", "backslashreplace")
+
+
+def say(console: Console, message: str) -> None:
+    """Print ``message`` as it is."""
+    # File names may hold what Rich takes for markup or emoji.
+    console.print(message, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+def report(message: str) -> None:
+    """Print ``message`` as an error."""
+    err_console.print(Text("Error: ", "bold red"), end="")
+    say(err_console, shown(message))
+
+
+def usable_device(name: str | None) -> torch.device:
+    """The device called ``name``, or the default one, checked by a first allocation."""
+    import torch
+
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as failure:
+        reason = str(failure).splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used: {reason}") from None
+    return device
+
+
+def default_dtype(dtype: DType | None, device: torch.device) -> torch.dtype:
+    """``dtype`` as torch's; where it is None, float32 on the CPU and bfloat16 elsewhere."""
+    import torch
+
+    if dtype is None:
+        dtype = DType.float32 if device.type == "cpu" else DType.bfloat16
+    return getattr(torch, dtype.value)

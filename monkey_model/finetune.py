@@ -1,0 +1,269 @@
+"""Fine-tune a Monkey model with transformers' Trainer, on one process or many.
+
+What is this project's own here: which parameters train, in which dtype, what a batch is, and that
+a checkpoint counts only when it is whole. Optimisation, sharding and launching are those of
+transformers, accelerate and torchrun.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import nn
+from transformers import (
+    BitsAndBytesConfig,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import rotate_checkpoints
+
+from monkey_model.conversations import ConversationCollator, ConversationDataset, read_conversations
+from monkey_model.files import atomic, atomic_directory, check_directory
+from monkey_model.finetune_config import FinetuneConfig, training_arguments
+from monkey_model.freeze import FreezeReport, freeze
+from monkey_model.modeling_monkey import MonkeyLMHeadModel
+from monkey_model.peft_model import MonkeyPeftModel
+from monkey_model.peft_presets import NOT_QUANTISED, lora_config
+from monkey_model.processing_monkey import MonkeyProcessor
+from monkey_model.unfreeze import ProgressiveUnfreeze
+
+logger = logging.getLogger(__name__)
+
+#: Written into a checkpoint directory when everything else is in it.
+COMPLETE = "complete"
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
+
+_MODE_FLAGS = {
+    "lora": {},
+    "frozen": {"train_llm_lora": False},
+    "full": {"fix_llm": False, "fix_vit": False},
+}
+
+
+def checkpoints(output_dir: str | Path) -> dict[int, Path]:
+    """The checkpoint directories of a run by step, rising, whole or not."""
+    directory = Path(output_dir)
+    entries = directory.iterdir() if directory.is_dir() else []
+    found = {int(m[1]): path for path in entries if (m := _CHECKPOINT.fullmatch(path.name))}
+    return dict(sorted(found.items()))
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
+    """The last checkpoint of a run that was written to its end; None if there is none."""
+    whole = [path for path in checkpoints(output_dir).values() if (path / COMPLETE).is_file()]
+    return whole[-1] if whole else None
+
+
+class CompleteCheckpoints(TrainerCallback):
+    """Marks a checkpoint when all processes have written it, and only then removes old ones.
+
+    The Trainer itself removes old checkpoints when its first process is done, and a run that is
+    killed in the middle of writing leaves a directory that looks like any other.
+
+    Args:
+        limit: checkpoints to keep; None for all.
+    """
+
+    def __init__(self, limit: int | None) -> None:
+        self.limit = limit
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Called by every process after its part of the checkpoint."""
+        PartialState().wait_for_everyone()
+        if args.should_save:
+            output_dir = str(args.output_dir)
+            Path(output_dir, f"checkpoint-{state.global_step}", COMPLETE).touch()
+            rotate_checkpoints(
+                output_dir,
+                save_total_limit=self.limit,
+                best_model_checkpoint=state.best_model_checkpoint,
+            )
+
+
+def finetune(config: FinetuneConfig, *, resume: bool = False) -> FreezeReport:
+    """Train as ``config`` says.
+
+    ``output_dir`` gets ``checkpoint-STEP/`` while it runs and, at the end, ``model/`` (in mode
+    ``"lora"`` adapters and resampler, else the whole model), ``merged/`` if asked for, and
+    ``loss.png``. Each appears whole or not at all.
+
+    Args:
+        config: what to do.
+        resume: go on from the last complete checkpoint in ``output_dir``; where there is none,
+            start.
+
+    Returns:
+        What trained.
+
+    Raises:
+        OSError: a file that cannot be read or written.
+        ValueError: a setting, a record or a checkpoint that does not fit; or ``output_dir`` has
+            checkpoints and ``resume`` is False.
+    """
+    check_directory("checkpoint", config.checkpoint)
+    arguments = training_arguments(config)
+    arguments.save_total_limit, limit = None, arguments.save_total_limit
+    start = _starting_point(config.output_dir, resume)
+    processor = MonkeyProcessor.from_pretrained(config.checkpoint)
+    train_data = _dataset(config, config.data, processor.tokenizer)
+    eval_data = config.eval_data and _dataset(config, config.eval_data, processor.tokenizer)
+    set_seed(arguments.seed)  # LoRA starts at random
+    model, report = build_model(config, arguments)
+    if arguments.should_log:
+        print(report)
+    callbacks: list[TrainerCallback] = [CompleteCheckpoints(limit)]
+    if config.unfreeze is not None:
+        callbacks.append(_progressive_unfreeze(config.unfreeze))
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+        data_collator=ConversationCollator(processor.tokenizer.eod_id, processor.image_processor),
+        processing_class=processor,
+        callbacks=callbacks,
+    )
+    trainer.train(resume_from_checkpoint=None if start is None else str(start))
+
+    output = Path(config.output_dir)
+    with atomic_directory(output / "model", write=arguments.should_save) as place:
+        PartialState().wait_for_everyone()
+        trainer.save_model(str(place))
+        PartialState().wait_for_everyone()
+    if arguments.should_save:
+        draw_loss_curve(trainer.state.log_history, output / "loss.png")
+        if config.merge:
+            merge(config.checkpoint, output / "model", output / "merged")
+    return report
+
+
+def build_model(
+    config: FinetuneConfig, arguments: TrainingArguments
+) -> tuple[nn.Module, FreezeReport]:
+    """The model of ``config``, frozen, in peft's wrapper where LoRA trains, and what trains."""
+    if arguments.deepspeed:
+        import deepspeed
+
+        # ZeRO-3 shards weights as they load. On CPUs transformers has not told DeepSpeed yet of the
+        # processes among which.
+        deepspeed.init_distributed()
+    dtype = getattr(torch, config.dtype)
+    settings: dict[str, Any] = {"dtype": dtype}
+    if config.quantization is not None:
+        settings["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=config.quantization == "4bit",
+            load_in_8bit=config.quantization == "8bit",
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_type="nf4",
+            llm_int8_skip_modules=NOT_QUANTISED,
+        )
+        settings["device_map"] = {"": arguments.device}
+    model: nn.Module = MonkeyLMHeadModel.from_pretrained(config.checkpoint, **settings)
+    if config.mode == "lora":
+        try:
+            model = MonkeyPeftModel(model, lora_config(model, **config.lora))
+        except TypeError as error:  # peft's own names the key
+            raise ValueError(f"lora is refused: {error}") from None
+    try:
+        report = freeze(model, **{**_MODE_FLAGS[config.mode], **config.freeze})
+    except TypeError as error:
+        raise ValueError(f"freeze is refused: {error}") from None
+    if not arguments.deepspeed:  # it keeps a float32 copy of its own
+        for parameter in model.parameters():
+            # A step of 1e-5 is lost in the rounding of a 16-bit weight.
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    return model, report
+
+
+def merge(checkpoint: str | Path, adapter: str | Path, output_dir: str | Path) -> None:
+    """Write a whole checkpoint in upstream's layout: adapter merged, trained parts in place.
+
+    Args:
+        checkpoint: directory that the adapter was trained on.
+        adapter: directory that :func:`finetune` wrote in mode ``"lora"``.
+        output_dir: appears whole or not at all; replaced if it is there.
+
+    Raises:
+        OSError, ValueError: a directory that is not there, or not what it should be.
+    """
+    check_directory("checkpoint", checkpoint)
+    check_directory("adapter", adapter)
+    model = MonkeyLMHeadModel.from_pretrained(checkpoint, dtype="auto")
+    dtype = model.dtype
+    merged = MonkeyPeftModel.from_pretrained(model, adapter).merge_and_unload()
+    with atomic_directory(Path(output_dir)) as place:
+        merged.to(dtype).save_pretrained(place)
+        MonkeyProcessor.from_pretrained(checkpoint).save_pretrained(place)
+
+
+def draw_loss_curve(history: Iterable[Mapping[str, Any]], path: str | Path) -> None:
+    """A PNG of the loss over the steps, of training and evaluation, from a Trainer's log."""
+    history = list(history)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "evaluation", "o-")):
+        points = [(entry["step"], float(entry[key])) for entry in history if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel="step", ylabel="loss")
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    with atomic(Path(path)) as file:
+        figure.savefig(file, dpi=120)
+
+
+def _starting_point(output_dir: str, resume: bool) -> Path | None:
+    found = checkpoints(output_dir)
+    if found and not resume:
+        names = ", ".join(path.name for path in found.values())
+        raise ValueError(
+            f"output_dir must have no checkpoints, or be resumed (--resume); {output_dir} has "
+            f"{names}"
+        )
+    last = last_complete_checkpoint(output_dir)
+    if resume:
+        logger.warning("resuming from %s", last or "nothing: there is no complete checkpoint")
+    if PartialState().is_main_process:
+        for path in found.values():
+            if not (path / COMPLETE).is_file():
+                shutil.rmtree(path)
+    PartialState().wait_for_everyone()
+    return last
+
+
+def _dataset(config: FinetuneConfig, path: str, tokenizer: Any) -> ConversationDataset:
+    # One process looks at every image and length; if it fails, the launcher ends the others.
+    check = PartialState().is_main_process
+    conversations = read_conversations(path, image_root=config.image_root, check_images=check)
+    dataset = ConversationDataset(
+        conversations, tokenizer, config.model_max_length, truncate_text=config.truncate_text
+    )
+    if check:
+        dataset.check(path)
+    return dataset
+
+
+def _progressive_unfreeze(settings: dict[str, Any]) -> ProgressiveUnfreeze:
+    try:
+        return ProgressiveUnfreeze(**settings)
+    except TypeError as error:
+        raise ValueError(f"unfreeze is refused: {error}") from None

@@ -1,0 +1,274 @@
+"""What a fine-tuning run is told: a YAML (or JSON) file and flags, checked before anything loads.
+
+::
+
+    checkpoint: checkpoints/monkey      # directory: weights, config and tokenizer
+    data: train.json                    # see monkey_model.conversations
+    output_dir: runs/first
+    mode: lora                          # lora | full | frozen
+    training:                           # transformers.TrainingArguments
+      learning_rate: 2e-5
+      per_device_train_batch_size: 2
+
+Paths are relative to the working directory. Every key is a field of :class:`FinetuneConfig`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from importlib.resources import files
+from pathlib import Path
+from types import MappingProxyType, UnionType
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+
+import yaml
+
+from monkey_kernels.checks import check_choice, check_positive_int
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+MODES = ("lora", "full", "frozen")
+DTYPES = ("bfloat16", "float16", "float32")
+QUANTIZATIONS = ("4bit", "8bit")
+
+#: Upstream's recipe (``finetune/finetune_ds_debug.sh``, ``finetune_multitask.py``), as
+#: ``transformers.TrainingArguments``; a warm-up below 1 is a share of all steps.
+RECIPE: dict[str, Any] = {
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 16,
+    "learning_rate": 1e-5,
+    "weight_decay": 0.1,
+    "adam_beta2": 0.95,
+    "warmup_steps": 0.02,
+    "lr_scheduler_type": "cosine",
+    "logging_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 1000,
+    "save_total_limit": 10,
+    "report_to": "none",
+    "prediction_loss_only": True,
+    "seed": 46,
+    "dataloader_num_workers": 2,
+}
+
+# TrainingArguments that have a key of their own, or that the pictures of a batch depend on.
+_OWN = {
+    "output_dir": "output_dir",
+    "bf16": "dtype",
+    "fp16": "dtype",
+    "gradient_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing": "gradient_checkpointing",
+    "resume_from_checkpoint": "--resume",
+    "remove_unused_columns": "this project: a batch's pictures are among those columns",
+    "label_names": "this project",
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 with the floats of 1.2: there, 1e-5 is a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), "-+0123456789"
+)
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """The settings of one run.
+
+    Args:
+        checkpoint: directory of the model to start from.
+        data: file of conversations; see :func:`monkey_model.conversations.read_conversations`.
+        output_dir: gets ``checkpoint-STEP/``, ``model/``, ``merged/`` and ``loss.png``.
+        mode: ``"lora"`` trains LoRA in the LLM, the per-crop adapters of the ViT and the
+            resampler; ``"frozen"`` the same without LoRA in the LLM; ``"full"`` everything.
+        freeze: flags of :func:`monkey_model.freeze.freeze` that outrank those of the mode.
+        lora: arguments of the LoRA preset, in mode ``"lora"``.
+        unfreeze: arguments of :class:`monkey_model.unfreeze.ProgressiveUnfreeze`, if wanted.
+        eval_data: conversations to evaluate on; ``training.eval_strategy`` says when.
+        image_root: folder of relative image paths; by default that of each file of conversations.
+        model_max_length: longest sequence in tokens; an image takes 1282. Upstream trains with
+            2048, 4096 or 8192.
+        truncate_text: cut longer conversations at their end; see
+            :func:`monkey_model.conversations.encode_conversation`.
+        dtype: of the arithmetic: ``"bfloat16"``, ``"float16"`` or ``"float32"``. Frozen weights
+            are kept in it too; what trains is kept in float32.
+        quantization: frozen weights in ``"4bit"`` or ``"8bit"`` (bitsandbytes).
+        gradient_checkpointing: in LLM and ViT.
+        launch: how processes share the work: ``"ddp"``, ``"fsdp2"``, ``"zero2"``, ``"zero3"`` (the
+            files of ``monkey_model/launch``), or a file of your own like them.
+        merge: also write a checkpoint in upstream's layout, LoRA merged.
+        training: ``transformers.TrainingArguments`` that outrank :data:`RECIPE` and ``launch``.
+
+    Raises:
+        TypeError: a value of another type.
+        ValueError: a value that is none of the choices.
+    """
+
+    checkpoint: str
+    data: str
+    output_dir: str
+    mode: str = "lora"
+    freeze: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] = field(default_factory=dict)
+    unfreeze: dict[str, Any] | None = None
+    eval_data: str | None = None
+    image_root: str | None = None
+    model_max_length: int = 2048
+    truncate_text: bool = False
+    dtype: str = "bfloat16"
+    quantization: str | None = None
+    gradient_checkpointing: bool = True
+    launch: str = "ddp"
+    merge: bool = False
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(FinetuneConfig).items():
+            hints = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+            value = getattr(self, name)
+            if type(value) not in [get_origin(kind) or kind for kind in hints]:
+                expected = " or ".join(
+                    {dict: "a section", type(None): "nothing"}.get(kind, kind.__name__)
+                    for kind in (get_origin(kind) or kind for kind in hints)
+                )
+                raise TypeError(f"{name} must be {expected}; got {value!r}")
+        check_choice("mode", self.mode, MODES)
+        check_choice("dtype", self.dtype, DTYPES)
+        if self.quantization is not None:
+            check_choice("quantization", self.quantization, QUANTIZATIONS)
+        check_positive_int("model_max_length", self.model_max_length)
+        for name in ("lora", "merge"):
+            if getattr(self, name) and self.mode != "lora":
+                raise ValueError(f"{name} belongs to mode 'lora'; got mode {self.mode!r}")
+
+
+def check_keys(section: str, given: Iterable[str], known: Collection[str]) -> None:
+    """Raise a ValueError for the first key of ``given`` that is not ``known``, with the likes."""
+    for key in given:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=3)
+            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            raise ValueError(f"{section} has no key {key!r}{hint}")
+
+
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """A YAML or JSON file that holds one mapping.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no YAML, or no mapping.
+    """
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} must be YAML or JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold keys and values; got {type(content).__name__}")
+    return content
+
+
+def load_config(
+    path: str | Path | None,
+    settings: Iterable[str] = (),
+    flags: Mapping[str, Any] = MappingProxyType({}),
+) -> FinetuneConfig:
+    """The config of a file, with settings and flags that outrank it.
+
+    Args:
+        path: YAML or JSON; None for none.
+        settings: ``"KEY=VALUE"``, the value in YAML; ``training.KEY`` reaches into a section.
+        flags: keys and values.
+
+    Raises:
+        OSError: the file cannot be read.
+        TypeError: a value of another type.
+        ValueError: no YAML, an unknown or missing key, or a value that is none of the choices.
+    """
+    content = {**({} if path is None else read_mapping(path)), **flags}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not (key and equals):
+            raise ValueError(f"--set must be KEY=VALUE; got {setting!r}")
+        *sections, last = key.split(".")
+        place = content
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"--set {key}: {section} is no section; got {place!r}")
+        try:
+            place[last] = yaml.load(value, _Loader)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {key} must be a YAML value; got {value!r}: {error}") from None
+    check_keys("the config", content, [f.name for f in fields(FinetuneConfig)])
+    for name in ("checkpoint", "data", "output_dir"):
+        if name not in content:
+            raise ValueError(
+                f"the config must have {name!r}; got {', '.join(content) or 'no keys'}"
+            )
+    return FinetuneConfig(**content)
+
+
+def launch_arguments(launch: str) -> dict[str, Any]:
+    """The ``TrainingArguments`` of a shipped way to launch, or of a file.
+
+    Raises:
+        ValueError: neither a shipped name nor a file.
+    """
+    shipped = files("monkey_model") / "launch"
+    names = sorted(Path(str(file)).stem for file in shipped.iterdir())
+    if launch in names:
+        return read_mapping(str(shipped / f"{launch}.yaml"))
+    if not os.path.isfile(launch):
+        raise ValueError(f"launch must be one of {', '.join(names)}, or a file; got {launch!r}")
+    return read_mapping(launch)
+
+
+def training_arguments(config: FinetuneConfig) -> TrainingArguments:
+    """The arguments for transformers' Trainer: recipe, then launch, then the config's own.
+
+    Create them before the model: under ZeRO-3 they decide how its weights load.
+
+    Raises:
+        ValueError: an unknown key, one that has a place of its own, or a value that transformers
+            refuses.
+    """
+    from transformers import TrainingArguments
+
+    known = {f.name for f in fields(TrainingArguments) if f.init}
+    launch = launch_arguments(config.launch)
+    for section, given in (("launch", launch), ("training", config.training)):
+        _check_arguments(section, given, known)
+    # transformers is renaming the argument.
+    old, new = "gradient_checkpointing", "activation_checkpointing"
+    own = {
+        "output_dir": config.output_dir,
+        "bf16": config.dtype == "bfloat16",
+        "fp16": config.dtype == "float16",
+        (new if new in known else old): config.gradient_checkpointing,
+        f"{new if new in known else old}_kwargs": {"use_reentrant": False},
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+    }
+    try:
+        arguments = TrainingArguments(**{**RECIPE, **launch, **config.training, **own})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"training is refused: {error}") from error
+    if arguments.fp16 and arguments.device.type == "cpu":
+        raise ValueError("dtype must be bfloat16 or float32 on a CPU; got 'float16'")
+    return arguments
+
+
+def _check_arguments(section: str, given: Mapping[str, Any], known: Collection[str]) -> None:
+    for key in given:
+        if key in _OWN:
+            raise ValueError(f"{section}.{key} is set by {_OWN[key]}; remove it")
+    check_keys(section, given, known)

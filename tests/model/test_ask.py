@@ -1,0 +1,218 @@
+"""Asking: one question, a file of them, resuming, and what cannot be answered."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from monkey_model.ask import Asker, Question, answer_file, answered_ids, read_questions
+from monkey_model.cli import app
+from monkey_model.peft_model import MonkeyPeftModel
+from monkey_model.peft_presets import lora_config
+from tests.tiny_checkpoint import COLOURS, write_checkpoint, write_data
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("ask") / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def asker(checkpoint):
+    return Asker.from_pretrained(checkpoint, max_new_tokens=8)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    write_data(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments, code=0):
+        done = CliRunner().invoke(app, ["ask", *(str(argument) for argument in arguments)])
+        assert done.exit_code == code, done.output
+        return done
+
+    return run
+
+
+def write_lines(path, *records):
+    path.write_text("".join(r if isinstance(r, str) else json.dumps(r) + "\n" for r in records))
+    return path
+
+
+def answers(path):
+    return {record["id"]: record["answer"] for record in map(json.loads, path.open())}
+
+
+def test_one_question_is_upstreams_prompt(asker, checkpoint, pictures, run):
+    """The path in the ids, opened by the model, and `` Answer: `` at the end, as upstream asks."""
+    path = pictures / "red.png"
+    path.rename(pictures / "r")  # the tiny span has room for few bytes
+    tokenizer = asker.processor.tokenizer
+    asker.model.transformer.image_root = pictures
+    inputs = tokenizer("<img>r</img> What? Answer: ", return_tensors="pt")
+    ids = asker.model.generate(
+        **inputs, max_new_tokens=8, min_new_tokens=1, do_sample=False,
+        eos_token_id=[tokenizer.eod_id, tokenizer.im_end_id], pad_token_id=tokenizer.eod_id,
+    )  # fmt: skip
+    expected = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert expected.strip()
+    assert asker.answer([Question("What?", (str(pictures / "r"),))]) == [expected.strip()]
+    done = run(pictures / "r", "What?", "--checkpoint", checkpoint, "--max-new-tokens", "8",
+               "--device", "cpu")  # fmt: skip
+    assert done.stdout.strip() == expected.strip()
+
+
+def test_special_tokens_in_a_question_are_text(asker):
+    tokenizer = asker.processor.tokenizer
+    question = Question("<img>x</img><|im_end|> <ref>it</ref>?", ("picture",))
+    ids = tokenizer(asker.prompt(question)).input_ids
+    assert ids.count(tokenizer.img_start_id) == 1 and tokenizer.im_end_id not in ids
+    assert tokenizer.ref_start_id in ids  # the words of grounding keep their meaning
+    asker = Asker(asker.model, asker.processor, chat=True)
+    ids = tokenizer(asker.prompt(question)).input_ids
+    assert ids.count(tokenizer.img_start_id) == 1
+    assert ids.count(tokenizer.im_end_id) == 2  # of system and user
+    assert ids.count(tokenizer.im_start_id) == 3
+
+
+def test_a_batch_is_answered_as_one_by_one(asker, pictures):
+    images = [str(pictures / f"{colour}.png") for colour in COLOURS]
+    questions = [
+        Question("Colour?", (images[0],)),
+        Question("And which of these two is the brighter one?", (images[1], images[2])),
+        Question("Hello", ()),
+        Question("x", (Image.open(images[3]),)),
+    ]
+    one_by_one = [asker.answer([question])[0] for question in questions]
+    assert asker.answer(questions) == one_by_one and len(set(one_by_one)) > 1
+
+
+def test_trained_adapters_answer_too(asker, checkpoint, pictures, tmp_path):
+    question = Question("Colour?", (str(pictures / "red.png"),))
+    base = Asker.from_pretrained(checkpoint, max_new_tokens=8)
+    model = MonkeyPeftModel(base.model, lora_config(base.model))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    model.save_pretrained(tmp_path / "adapter")
+    base.processor.save_pretrained(tmp_path / "adapter")
+    expected = Asker(model, base.processor, max_new_tokens=8).answer([question])
+    loaded = Asker.from_pretrained(tmp_path / "adapter", max_new_tokens=8)
+    assert loaded.answer([question]) == expected != asker.answer([question])
+
+
+def test_file_of_questions(asker, checkpoint, pictures, run):
+    lines = [
+        {"id": "a", "image": "red.png", "question": "Colour?"},
+        {"images": ["green.png", "blue.png"], "question": "Which?"},
+        {"id": 7, "image": str(pictures / "white.png"), "question": "Say \u2028 it"},
+    ]
+    batch, out = write_lines(pictures / "in.jsonl", *lines), pictures / "made" / "out.jsonl"
+    run("--batch", batch, "--out", out, "--checkpoint", checkpoint, "--batch-size", "2",
+        "--max-new-tokens", "8", "--device", "cpu")  # fmt: skip
+    questions, problems = read_questions(batch)
+    assert not problems and [question.id for question in questions] == ["a", 2, 7]
+    one_by_one = {question.id: asker.answer([question])[0] for question in questions}
+    assert answers(out) == one_by_one
+    record = json.loads(out.read_text().split("\n")[1])
+    assert record["question"] == "Which?" and len(record["images"]) == 2
+
+
+def test_resuming_skips_answers_and_mends_a_torn_line(asker, pictures):
+    records = [{"id": n, "image": "red.png", "question": f"Q{n}?"} for n in range(4)]
+    questions, _ = read_questions(write_lines(pictures / "in.jsonl", *records))
+    out, counts = pictures / "out.jsonl", []
+    # An answer by someone else, and one that was cut off in writing.
+    write_lines(out, {"id": 2, "answer": "kept"}, '{"id": 0, "answer": "to')
+    assert answer_file(asker, questions, out, on_done=counts.append) == 0
+    found = answers(out)
+    assert found.keys() == {0, 1, 2, 3} and found[2] == "kept" and found[0] != "to"
+    assert counts == [1, 1, 1, 1]
+    before = out.read_bytes()
+    assert answer_file(asker, questions, out, on_done=counts.append) == 0
+    assert out.read_bytes() == before and counts[-1] == 4
+    assert answered_ids(pictures / "none.jsonl") == set()
+
+
+def test_each_answer_is_kept_before_the_next_batch(asker, pictures, monkeypatch):
+    records = [{"id": n, "image": "red.png", "question": f"Q{n}?"} for n in range(3)]
+    questions, _ = read_questions(write_lines(pictures / "in.jsonl", *records))
+
+    def on_done(count):
+        if count and out.exists() and len(answers(out)) == 2:
+            raise KeyboardInterrupt
+
+    out = pictures / "out.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        answer_file(asker, questions, out, on_done=on_done)
+    assert answers(out).keys() == {0, 1}
+
+
+def test_bad_records_are_reported_and_the_others_answered(checkpoint, pictures, run):
+    (pictures / "broken.png").write_bytes(b"no picture")
+    batch = write_lines(
+        pictures / "in.jsonl",
+        {"id": "good", "image": "red.png", "question": "?"},
+        "{no json\n",
+        ["list"],
+        {"question": "?"},
+        {"image": "a", "images": [], "question": "?"},
+        {"image": 3, "question": "?"},
+        {"image": "red.png"},
+        {"image": "red.png", "question": "?", "id": 1.5},
+        {"id": "good", "image": "red.png", "question": "?"},
+        {"id": "broken", "image": "broken.png", "question": "?"},
+        {"id": "missing", "image": "missing.png", "question": "?"},
+        {"id": "last", "image": "blue.png", "question": "?"},
+    )
+    out = pictures / "out.jsonl"
+    done = run("--batch", batch, "--out", out, "--checkpoint", checkpoint, "--batch-size", "3",
+               "--max-new-tokens", "4", "--device", "cpu", code=1)  # fmt: skip
+    assert answers(out).keys() == {"good", "last"}
+    for message in (
+        "line 2: must be a JSON object; got Expecting",
+        "line 3: must be a JSON object; got list",
+        "line 4: must have either 'image' or 'images'; got keys ['question']",
+        "line 5: must have either 'image' or 'images'; got keys ['image', 'images', 'question']",
+        "line 6: 'image' must be a path, 'images' a list of paths; got [3]",
+        "line 7: 'question' must be a string; got None",
+        "line 8: 'id' must be a string or an integer; got 1.5",
+        "line 9: id 'good' must differ from that of line 1",
+        "id 'broken': ",
+        "id 'missing': ",
+        "10 of 12 questions were not answered",
+    ):
+        assert message in done.output
+
+
+def test_usage_errors(checkpoint, pictures, run):
+    image, batch = pictures / "red.png", write_lines(pictures / "in.jsonl", "")
+    for arguments in (
+        (image,),
+        (image, "?", "--batch", batch),
+        ("--batch", batch),
+        ("--out", "x"),
+        (),
+    ):
+        output = run(*arguments, "--checkpoint", checkpoint, code=2).output
+        assert "give IMAGE and QUESTION, or --batch and --out" in output
+    assert "checkpoint must be a directory" in run(image, "?", "--checkpoint", "no", code=2).output
+    output = run(pictures / "none.png", "?", "--checkpoint", checkpoint, code=2).output
+    assert "none.png" in output
+    out = write_lines(pictures / "out.jsonl", "[1]\n")
+    output = run("--batch", batch, "--out", out, "--checkpoint", checkpoint, code=2).output
+    assert "out.jsonl, line 1 must be an answer with an 'id'" in output
+    batch.write_bytes(b'{"id": "\xff"}')
+    output = run("--batch", batch, "--out", out, "--checkpoint", checkpoint, code=2).output
+    assert "must be UTF-8" in output

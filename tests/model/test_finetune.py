@@ -1,0 +1,340 @@
+"""Fine-tuning on one process: what trains, what is saved, and what comes of broken runs."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from monkey_model import finetune as module
+from monkey_model.cli import app
+from monkey_model.finetune import (
+    COMPLETE,
+    checkpoints,
+    draw_loss_curve,
+    finetune,
+    last_complete_checkpoint,
+)
+from monkey_model.finetune_config import (
+    RECIPE,
+    FinetuneConfig,
+    launch_arguments,
+    load_config,
+    training_arguments,
+)
+from monkey_model.freeze import upstream_name
+from monkey_model.modeling_monkey import MonkeyLMHeadModel
+from monkey_model.peft_model import MonkeyPeftModel
+from tests.tiny_checkpoint import write_checkpoint, write_data
+
+TRAINING = {
+    "use_cpu": True,
+    "max_steps": 30,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 3e-3,
+    "save_steps": 10,
+    "dataloader_num_workers": 0,
+    "disable_tqdm": True,
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Products this small are slower on two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A checkpoint and data."""
+    folder = tmp_path_factory.mktemp("start")
+    return write_checkpoint(folder / "checkpoint"), write_data(folder)
+
+
+@pytest.fixture
+def config(start, tmp_path):
+    def config(name="out", training=None, **settings):
+        checkpoint, data = start
+        return FinetuneConfig(
+            **{
+                "checkpoint": str(checkpoint),
+                "data": str(data),
+                "output_dir": str(tmp_path / name),
+                "dtype": "float32",
+                "training": {**TRAINING, **(training or {})},
+                **settings,
+            }
+        )
+
+    return config
+
+
+def losses(directory):
+    """The training loss of each step, as the last checkpoint keeps it."""
+    state = json.loads((last_complete_checkpoint(directory) / "trainer_state.json").read_text())
+    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
+def weights(checkpoint):
+    return load_file(checkpoint / "model.safetensors")
+
+
+def test_lora_and_resampler_learn_and_nothing_else_changes(config, start, tmp_path, capsys):
+    report = finetune(config(merge=True))
+    curve = losses(tmp_path / "out")
+    assert len(curve) == 30 and sum(curve[-5:]) < sum(curve[:5]) - 2.5
+    assert "LLM LoRA" in capsys.readouterr().out  # the table of what trains
+    assert report.parts["LLM LoRA"].trainable and report.parts["resampler"].trainable
+
+    # Bit for bit: exactly the reported parameters have changed.
+    base = MonkeyLMHeadModel.from_pretrained(start[0])
+    trained = MonkeyPeftModel.from_pretrained(base, tmp_path / "out" / "model")
+    before = weights(start[0])
+    changed = set()
+    for name, parameter in trained.named_parameters():
+        if ".original_module." in name:
+            continue
+        short = upstream_name(name) or name
+        origin = before.get(short.replace(".modules_to_save.default", "").removeprefix(
+            "base_model.model."))  # fmt: skip
+        if origin is None:  # LoRA's A, which starts at random, and B, which starts at zero
+            assert "lora_" in name
+            if "lora_A" in name or parameter.any():
+                changed.add(name)
+        elif not torch.equal(parameter, origin):
+            changed.add(name)
+    assert changed == report.trainable
+
+    # Merged: upstream's keys, and the same logits.
+    merged = weights(tmp_path / "out" / "merged")
+    assert {k: v.shape for k, v in merged.items()} == {k: v.shape for k, v in before.items()}
+    whole = MonkeyLMHeadModel.from_pretrained(tmp_path / "out" / "merged").eval()
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(whole(ids).logits, trained.eval()(ids).logits)
+    with Image.open(tmp_path / "out" / "loss.png") as picture:
+        assert picture.size == (960, 540)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(config, tmp_path, monkeypatch):
+    settings = {"training": {"max_steps": 9, "save_steps": 3, "save_total_limit": 2}}
+    finetune(config("whole", **settings))
+
+    def killed(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        if self.state.global_step == 6:  # everything written, but for the mark
+            raise KeyboardInterrupt
+
+    original = module.Trainer._save_checkpoint
+    monkeypatch.setattr(module.Trainer, "_save_checkpoint", killed)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(config("broken", **settings))
+    monkeypatch.undo()
+    assert list(checkpoints(tmp_path / "broken")) == [3, 6]
+    assert last_complete_checkpoint(tmp_path / "broken").name == "checkpoint-3"
+    assert not (tmp_path / "broken" / "model").exists()
+
+    with pytest.raises(ValueError, match=r"--resume\); .* has checkpoint-3, checkpoint-6$"):
+        finetune(config("broken", **settings))
+    finetune(config("broken", **settings), resume=True)
+    for run in ("whole", "broken"):
+        assert list(checkpoints(tmp_path / run)) == [6, 9]
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+    adapters = [load_file(tmp_path / run / "model" / "adapter_model.safetensors")
+                for run in ("whole", "broken")]  # fmt: skip
+    assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+
+
+def test_a_resumed_run_may_have_nothing_to_resume_from(config, tmp_path):
+    settings = {"training": {"max_steps": 1, "save_steps": 1}}
+    half = tmp_path / "out" / "checkpoint-1"
+    half.mkdir(parents=True)
+    (half / "adapter_model.safetensors").write_bytes(b"half")
+    finetune(config(**settings), resume=True)
+    assert (half / COMPLETE).is_file() and len(losses(tmp_path / "out")) == 1
+
+
+def test_frozen_and_full(config, start, tmp_path):
+    before = weights(start[0])
+    training = {"max_steps": 2, "save_strategy": "no"}
+    for mode, part in (("frozen", "transformer.visual."), ("full", "")):
+        report = finetune(config(mode, mode=mode, training=training))
+        after = weights(tmp_path / mode / "model")
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        assert before.keys() == after.keys() and changed == report.trainable
+        assert all(name.startswith(part) for name in changed)
+    assert "lm_head.weight" in changed
+    flags = {"freeze": {"train_resampler": False}}
+    report = finetune(config("flags", mode="frozen", training=training, **flags))
+    assert not report.parts["resampler"].trainable and report.parts["ViT adapters"].trainable
+
+
+def test_blocks_thaw(config, tmp_path):
+    unfreeze = {"schedule": {2: 1}}
+    training = {"max_steps": 4, "save_steps": 4, "ddp_find_unused_parameters": True}
+    finetune(config(unfreeze=unfreeze, training=training))
+    state = json.loads((tmp_path / "out" / "checkpoint-4" / "trainer_state.json").read_text())
+    assert [e["step"] for e in state["log_history"] if "thawed_blocks" in e] == [2]
+
+
+def test_bfloat16_keeps_what_trains_in_float32(config, tmp_path):
+    training = {"max_steps": 4, "save_steps": 4}
+    finetune(config(dtype="bfloat16", training=training, merge=True))
+    adapter = load_file(tmp_path / "out" / "model" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
+    assert all(math.isfinite(loss) for loss in losses(tmp_path / "out"))
+
+
+def test_gradient_checkpointing_changes_nothing(config, tmp_path):
+    training = {"max_steps": 2, "save_steps": 2}
+    for name, on in (("with", True), ("without", False)):
+        finetune(config(name, gradient_checkpointing=on, training=training))
+    assert losses(tmp_path / "with") == losses(tmp_path / "without")
+
+
+def test_evaluation(config, start, tmp_path):
+    training = {"max_steps": 2, "save_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
+    finetune(config(eval_data=str(start[1]), training=training))
+    state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert [e["step"] for e in state["log_history"] if "eval_loss" in e] == [1, 2]
+
+
+def test_bad_data_is_found_before_anything_trains(config, tmp_path):
+    bad = write_data(tmp_path / "bad")
+    records = json.loads(bad.read_text())
+    records[3]["conversations"].pop()
+    records[5]["conversations"][0]["value"] = "<img>none.png</img>?"
+    bad.write_text(json.dumps(records))
+    with pytest.raises(ValueError, match=r"2 of 16 records are bad(?s:.*)id 'r3'(?s:.*)id 'r5'"):
+        finetune(config(data=str(bad)))
+    with pytest.raises(ValueError, match="tokens exceed model_max_length, 25"):
+        finetune(config(model_max_length=25))
+    assert not checkpoints(tmp_path / "out")
+
+
+def test_an_image_that_breaks_in_mid_run_leaves_the_last_checkpoint(config, tmp_path):
+    data = write_data(tmp_path / "data")
+    settings = {"data": str(data), "training": {"save_steps": 1, "per_device_train_batch_size": 1}}
+
+    class Break(module.TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            for picture in data.parent.glob("*.png"):
+                picture.write_bytes(picture.read_bytes()[:60])
+
+    original = module.CompleteCheckpoints.on_save
+    module.CompleteCheckpoints.on_save = lambda self, *args, **kwargs: (
+        original(self, *args, **kwargs), Break().on_save(*args, **kwargs))[0]  # fmt: skip
+    try:
+        with pytest.raises(ValueError, match=r"record \d+ \(id 'r\d+'\): .*\.png"):
+            finetune(config(**settings))
+    finally:
+        module.CompleteCheckpoints.on_save = original
+    assert last_complete_checkpoint(tmp_path / "out").name == "checkpoint-1"
+
+
+# ---- settings ---------------------------------------------------------------------------------
+
+
+def test_defaults_are_upstreams_recipe(config):
+    arguments = training_arguments(config(training={"learning_rate": 2e-5}))
+    assert arguments.learning_rate == 2e-5 and arguments.weight_decay == 0.1
+    assert (arguments.adam_beta2, arguments.warmup_steps, arguments.seed) == (0.95, 0.02, 46)
+    assert arguments.lr_scheduler_type == "cosine" and RECIPE["learning_rate"] == 1e-5
+    assert FinetuneConfig("c", "d", "o").model_max_length == 2048
+
+
+def test_config_file_settings_and_flags(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("checkpoint: c\ndata: d\noutput_dir: o\ntraining: {learning_rate: 1e-4}\n")
+    loaded = load_config(path, ["training.adam_beta1=8e-1", "merge=true"], {"mode": "lora"})
+    assert loaded.training == {"learning_rate": 1e-4, "adam_beta1": 0.8} and loaded.merge is True
+    path.write_text(json.dumps({"checkpoint": "c", "data": "d", "output_dir": "o"}))
+    assert load_config(path, (), {"data": "other"}).data == "other"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["chekpoint=x"], "the config has no key 'chekpoint'; did you mean checkpoint?"),
+        (["training.learnig_rate=1"], "training has no key 'learnig_rate'; did you mean learning_"),
+        (["training.bf16=true"], "training.bf16 is set by dtype; remove it"),
+        (["mode=qlora"], "mode must be one of lora, full, frozen; got 'qlora'"),
+        (["dtype=bf16"], "dtype must be one of bfloat16, float16, float32; got 'bf16'"),
+        (["quantization=2bit"], "quantization must be one of 4bit, 8bit; got '2bit'"),
+        (
+            ["launch=fsdp9"],
+            "launch must be one of ddp, fsdp2, zero2, zero3, or a file; got 'fsdp9'",
+        ),
+        (["merge=1"], "merge must be bool; got 1"),
+        (["unfreeze=3"], "unfreeze must be a section or nothing; got 3"),
+        (["model_max_length=0"], "model_max_length must be positive; got 0"),
+        (["model_max_length=2k"], "model_max_length must be int; got '2k'"),
+        (["mode=full", "lora.r=4"], "lora belongs to mode 'lora'; got mode 'full'"),
+        (["mode=full", "merge=true"], "merge belongs to mode 'lora'; got mode 'full'"),
+        (["dtype=float16"], "dtype must be bfloat16 or float32 on a CPU; got 'float16'"),
+        (["lora.rank=4"], "lora is refused: .*rank"),
+        (["freeze.fix_llama=true"], "freeze is refused: flags must be among .*; got fix_llama"),
+        (["unfreeze.at=3"], "unfreeze is refused: .*at"),
+        (["training.optim=none"], "training is refused: none is not a valid OptimizerNames"),
+        (["checkpoint=nowhere"], "checkpoint must be a directory; got nowhere"),
+        (["checkpoint.x=1"], "--set checkpoint.x: checkpoint is no section; got '"),
+        (["novalue"], "--set must be KEY=VALUE; got 'novalue'"),
+        (["lora={"], "--set lora must be a YAML value; got '{'"),
+    ],
+)
+def test_bad_settings(config, settings, message, tmp_path):
+    given = config()
+    flags = {name: getattr(given, name) for name in ("checkpoint", "data", "output_dir", "dtype")}
+    with pytest.raises((TypeError, ValueError, OSError), match=message):
+        finetune(load_config(None, [*settings, "training.use_cpu=true"], flags))
+
+
+def test_bad_config_files(tmp_path):
+    path = tmp_path / "run.yaml"
+    for content, message in (
+        ("a: [", "must be YAML or JSON"),
+        ("- a", "must hold keys and values; got list"),
+        ("data: d", "the config must have 'checkpoint'; got data"),
+    ):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            load_config(path)
+    path.write_text("learning_rat: 3")
+    with pytest.raises(ValueError, match="launch has no key 'learning_rat'"):
+        training_arguments(FinetuneConfig("c", "d", str(tmp_path), launch=str(path)))
+    for name in ("ddp", "fsdp2", "zero2", "zero3"):
+        assert launch_arguments(name)
+
+
+def test_command(start, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    checkpoint, data = start
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps({"training": {**TRAINING, "max_steps": 1, "save_strategy": "no"}}))
+    out, merged = tmp_path / "out", tmp_path / "merged"
+    arguments = ["finetune", "--config", path, "--checkpoint", checkpoint, "--data", data,
+                 "--output-dir", out, "--set", "dtype=float32"]  # fmt: skip
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert done.exit_code == 0, done.output
+    arguments = ["merge", out / "model", "--checkpoint", checkpoint, "--out", merged]
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert done.exit_code == 0 and weights(merged).keys() == weights(checkpoint).keys()
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert done.exit_code == 2 and "--out must not exist yet" in done.output
+    done = CliRunner().invoke(app, ["finetune", "--mode", "lora"])
+    assert done.exit_code == 2 and "the config must have 'checkpoint'; got mode" in done.output
+
+
+def test_loss_curve_of_nothing(tmp_path):
+    draw_loss_curve([{"loss": float("nan"), "step": 1}, {"train_runtime": 2}], tmp_path / "a.png")
+    draw_loss_curve([], tmp_path / "b.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
