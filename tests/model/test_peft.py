@@ -339,6 +339,8 @@ def test_quantised_base_weights(bits, tmp_path):
                 weight = dequantize_module_weight(model.get_submodule(layer))
                 plain.get_parameter(name).copy_(weight)
     assert relative_l2(logits(model), logits(plain)) < 2.5e-2
+    # On a CPU, bitsandbytes packs the weights for inference alone at the first call in eval mode.
+    model = load()
     model = MonkeyPeftModel(model, lora_config(model, ("llm", "vit"))).train()
     report = freeze(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
