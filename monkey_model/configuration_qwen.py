@@ -36,7 +36,8 @@ class QWenConfig(PreTrainedConfig):
 
     Raises:
         ValueError: hidden_size is not num_attention_heads * kv_channels, rotary_pct is not in
-            (0, 1], intermediate_size is odd, or more than one of bf16, fp16, fp32 is set.
+            (0, 1], seq_length is below 2, intermediate_size is odd, or more than one of bf16, fp16 and
+            fp32 is set.
 
     Source: upstream ``monkey_model/configuration_qwen.py``.
     """
@@ -77,6 +78,8 @@ class QWenConfig(PreTrainedConfig):
             )
         if not 0 < self.rotary_pct <= 1:
             raise ValueError(f"rotary_pct must be in (0, 1]; got {self.rotary_pct}")
+        if self.seq_length < 2:
+            raise ValueError(f"seq_length must be at least 2; got {self.seq_length}")
         if self.intermediate_size % 2:
             raise ValueError(f"intermediate_size must be even; got {self.intermediate_size}")
         if self.bf16 + self.fp16 + self.fp32 > 1:

@@ -229,14 +229,15 @@ def freeze_report(model: nn.Module) -> FreezeReport:
         parts[part] = PartReport(
             names, *_total(p for _, p in trained), *_total(p for _, p in parameters)
         )
-    return FreezeReport(MappingProxyType(parts))
+    return FreezeReport(parts)
 
 
 def freeze(model: nn.Module, **flags: bool) -> FreezeReport:
     """Set ``requires_grad`` of every parameter by the recipe; see the module's docstring.
 
     Call it last: after ``get_peft_model`` or ``PeftModel.from_pretrained``, which set
-    ``requires_grad`` themselves, and before anything shards the model.
+    ``requires_grad`` themselves, and before anything shards the model. Base weights that train
+    inside a ``PeftModel`` are saved by :class:`monkey_model.peft_model.MonkeyPeftModel` alone.
 
     Args:
         model: a Monkey model of this project or of upstream, or either inside a ``PeftModel``; of

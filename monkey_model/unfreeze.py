@@ -17,6 +17,7 @@ from typing import Any
 
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from peft import PeftModel
 from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -24,6 +25,7 @@ from transformers.training_args import ParallelMode
 
 from monkey_kernels.checks import check_choice, check_positive_int
 from monkey_model.freeze import upstream_name
+from monkey_model.peft_model import MonkeyPeftModel
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +35,7 @@ class ProgressiveUnfreeze(TrainerCallback):
 
     The schedule owns the blocks that it names: they are frozen before their time, whatever they
     were. LoRA in them is left alone. Each thaw is logged, and is an entry of the Trainer's
-    ``state.log_history``. Use it with a :class:`monkey_model.peft_model.MonkeyPeftModel` where peft
-    is in play: peft's own would not save the blocks.
+    ``state.log_history``.
 
     Args:
         schedule: when (optimizer steps or epochs done) to how many of the last blocks train from
@@ -43,9 +44,10 @@ class ProgressiveUnfreeze(TrainerCallback):
 
     Raises:
         TypeError, ValueError: a schedule or unit that is none; when the Trainer is built, a model
-            with too few blocks or quantised ones, DeepSpeed or FSDP (a sharded optimizer does not
-            skip what has no gradient), or DDP without ``ddp_find_unused_parameters=True``; when
-            training begins, an optimizer without the blocks.
+            with too few blocks or quantised ones, a ``PeftModel`` that would not save them,
+            DeepSpeed or FSDP (a sharded optimizer does not skip what has no gradient), or DDP
+            without ``ddp_find_unused_parameters=True``; when training begins, an optimizer without
+            the blocks.
     """
 
     def __init__(self, schedule: Mapping[int | float, int], unit: str = "steps") -> None:
@@ -70,7 +72,13 @@ class ProgressiveUnfreeze(TrainerCallback):
     ) -> None:
         """Require gradients, so that the Trainer puts the blocks into its optimizer."""
         _check_distribution(args)
-        self._blocks = _last_blocks(kwargs["model"], max(self.schedule.values()))
+        model = kwargs["model"]
+        if isinstance(model, PeftModel) and not isinstance(model, MonkeyPeftModel):
+            raise ValueError(
+                "model must be a MonkeyPeftModel, which saves the blocks that thaw; got a "
+                f"{type(model).__name__}"
+            )
+        self._blocks = _last_blocks(model, max(self.schedule.values()))
         self._require_grad(len(self._blocks))
 
     def on_train_begin(
@@ -128,18 +136,22 @@ def _last_blocks(model: nn.Module, count: int) -> list[list[nn.Parameter]]:
     """The base weights of the last ``count`` blocks, the last block first."""
     blocks: dict[int, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        short = upstream_name(name)
-        if short is None or not short.startswith("transformer.h."):
-            continue
-        if not parameter.is_floating_point():
-            raise ValueError(f"schedule names quantised weights, which cannot train: {short}")
-        blocks.setdefault(int(short.split(".")[2]), []).append(parameter)
+        short = upstream_name(name) or ""
+        if short.startswith("transformer.h."):
+            blocks.setdefault(int(short.split(".")[2]), []).append(parameter)
     if count > len(blocks):
         raise ValueError(
             f"schedule must thaw at most the model's {len(blocks)} blocks (transformer.h); "
             f"got {count}"
         )
-    return [blocks[number] for number in sorted(blocks, reverse=True)[:count]]
+    last = sorted(blocks, reverse=True)[:count]
+    for number in last:
+        if not all(parameter.is_floating_point() for parameter in blocks[number]):
+            raise ValueError(
+                f"schedule must not thaw quantised weights, which cannot train; got transformer.h."
+                f"{number}"
+            )
+    return [blocks[number] for number in last]
 
 
 def _check_optimizer(optimizer: Optimizer, blocks: list[list[nn.Parameter]]) -> None:

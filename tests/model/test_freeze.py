@@ -11,7 +11,9 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from torch import nn
 
+from monkey_model.configuration_monkey import MonkeyConfig
 from monkey_model.freeze import FLAGS, PARTS, freeze, freeze_report, part_of, trainable_names
+from monkey_model.modeling_monkey import MonkeyLMHeadModel
 from monkey_model.peft_presets import lora_config
 from tests.stock import StockModel
 from tests.tiny import tiny_batch, tiny_model
@@ -238,6 +240,28 @@ def test_report_counts():
     assert sum(p.parameters for p in report.parts.values()) == sum(
         p.numel() for p in model.parameters()
     )
+
+
+def test_published_shape():
+    """The sizes of the recipe, from the widths alone: nothing is allocated."""
+    with torch.device("meta"):
+        model = MonkeyLMHeadModel(MonkeyConfig())
+    report = freeze(model)
+    vit, llm, queries = 1664, 4096, 256
+    lora = 4 * (16 * (vit + 3 * vit) + 16 * (vit + vit) + 32 * (vit + vit) + 3)
+    attention = 4 * llm * llm + 4 * llm
+    trained = {part: entry.trainable_parameters for part, entry in report.parts.items()}
+    assert trained == {
+        "LLM": 0,
+        "embeddings and head": 0,
+        "LLM LoRA": 0,
+        "ViT": 0,
+        "ViT adapters": 48 * lora,
+        "resampler": vit * llm + attention + queries * llm + 4 * llm,
+    }
+    report = freeze(get_peft_model(model, lora_config(model, train_resampler=False)))
+    c_attn, c_proj, mlp = llm + 3 * llm, llm + llm, llm + 11008
+    assert report.parts["LLM LoRA"].trainable_parameters == 32 * 16 * (c_attn + c_proj + 2 * mlp)
 
 
 def test_report_is_a_table():

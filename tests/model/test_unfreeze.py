@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from peft import get_peft_model
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
@@ -310,8 +311,19 @@ def test_quantised_blocks(tmp_path):
         model.transformer.h[2].mlp.w1.weight = nn.Parameter(weight, requires_grad=False)
         return model
 
-    with pytest.raises(ValueError, match=r"cannot train: transformer.h.2.mlp.w1.weight"):
+    with pytest.raises(
+        ValueError, match=r"must not thaw quantised weights, .* got transformer.h.2"
+    ):
         make_trainer(tmp_path, quantised)
+
+
+def test_peft_that_would_not_save_the_blocks(tmp_path):
+    def wrapped():
+        model = tiny_model()
+        return get_peft_model(model, lora_config(model))
+
+    with pytest.raises(ValueError, match="model must be a MonkeyPeftModel, .*; got a PeftModel"):
+        make_trainer(tmp_path, wrapped)
 
 
 @pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.FSDP])
