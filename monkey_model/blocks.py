@@ -178,7 +178,7 @@ class VisualAttentionBlock(_Recomputing):
         idx: AdapterSelection = None,
     ) -> Tensor:
         """The attention alone, [N, crops, d_model]; ``k_x`` and ``v_x`` default to ``q_x``."""
-        # They go on as None: ZeRO-3 gives a module a new tensor for each one that it is called with.
+        # They go on as None: ZeRO-3 gives a module a new tensor for each that it is called with.
         mask = None if attn_mask is None else attn_mask.to(q_x.dtype)
         return self.attn(q_x, k_x, v_x, attn_mask=mask, idx=idx)
 

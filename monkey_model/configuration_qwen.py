@@ -36,8 +36,8 @@ class QWenConfig(PreTrainedConfig):
 
     Raises:
         ValueError: hidden_size is not num_attention_heads * kv_channels, rotary_pct is not in
-            (0, 1], seq_length is below 2, intermediate_size is odd, or more than one of bf16, fp16 and
-            fp32 is set.
+            (0, 1], seq_length is below 2, intermediate_size is odd, or more than one of bf16, fp16
+            and fp32 is set.
 
     Source: upstream ``monkey_model/configuration_qwen.py``.
     """

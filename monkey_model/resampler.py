@@ -50,7 +50,8 @@ class Resampler(nn.Module):
         self.num_heads = num_heads
         # torch.tensor, unlike from_numpy, takes the default device: a meta model holds no memory.
         table = torch.tensor(get_2d_sincos_pos_embed(embed_dim, grid_size))
-        self.pos_embed = nn.Parameter(table, requires_grad=False)
+        # Of the default dtype, as the other parameters: from_pretrained(dtype=...) builds under it.
+        self.pos_embed = nn.Parameter(table.to(torch.get_default_dtype()), requires_grad=False)
         self.query = nn.Parameter(torch.zeros(self.num_queries, embed_dim))
         self.kv_proj: nn.Module = nn.Identity()
         if kv_dim is not None and kv_dim != embed_dim:

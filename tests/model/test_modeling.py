@@ -7,6 +7,7 @@ import torch
 
 from monkey_model.modeling_monkey import MonkeyLMHeadModel
 from tests.golden import DATA, GoldenLM, load_golden_lm
+from tests.tiny import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +51,18 @@ def test_greedy_tokens_are_upstreams(golden, model, use_cache):
         use_cache=use_cache,
     )
     assert torch.equal(out[:, golden.input_ids.shape[1] :], golden.generated)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_checkpoints_answer_and_train(tmp_path, dtype):
+    """``from_pretrained(dtype=...)``: every parameter has it, in eval and in training."""
+    tiny_model().save_pretrained(tmp_path)
+    model = MonkeyLMHeadModel.from_pretrained(tmp_path, dtype=dtype).eval()
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    visual = model.transformer.visual
+    crops = torch.randn(visual.crops_per_image, 3, visual.crop_size, visual.crop_size)
+    with torch.no_grad():
+        expected = visual.encode_crops(crops)
+    assert expected.dtype == dtype and torch.isfinite(expected).all()
+    visual.encode_crops(crops).float().square().sum().backward()
+    assert torch.isfinite(visual.attn_pool.kv_proj.weight.grad).all()

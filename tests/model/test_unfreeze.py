@@ -322,7 +322,7 @@ def test_peft_that_would_not_save_the_blocks(tmp_path):
         model = tiny_model()
         return get_peft_model(model, lora_config(model))
 
-    with pytest.raises(ValueError, match="model must be a MonkeyPeftModel, .*; got a PeftModel"):
+    with pytest.raises(ValueError, match=r"model must be a MonkeyPeftModel, .*; got a PeftModel"):
         make_trainer(tmp_path, wrapped)
 
 
