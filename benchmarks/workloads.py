@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from monkey_model.visual import VisionTransformer
+from monkey_model.visual import TransformerBlock, VisionTransformer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -26,7 +28,7 @@ RAGGED_SIZES = [
 INPUTS = 3 if DEVICE.type == "cuda" else 1
 
 #: Monkey's encoder as published, but for the number of layers.
-REAL_CONFIG = {
+REAL_CONFIG: dict[str, Any] = {
     "image_size": 896,
     "patch_size": 14,
     "width": 1664,
@@ -99,3 +101,15 @@ def train_adapters_and_resampler(encoder: VisionTransformer) -> list[nn.Paramete
 
 def parameter_bytes(module: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def real_blocks(
+    layers: int, dtype: torch.dtype = torch.float32, adapters: int = 4
+) -> TransformerBlock:
+    """The ViT's blocks at real width, seeded."""
+    torch.manual_seed(0)
+    norm_layer = partial(nn.LayerNorm, eps=1e-6)
+    width, heads, ratio = (REAL_CONFIG[key] for key in ("width", "heads", "mlp_ratio"))
+    return TransformerBlock(
+        width, layers, heads, ratio, norm_layer=norm_layer, lora_repeat_num=adapters
+    ).to(dtype)

@@ -17,10 +17,52 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from monkey_kernels.checks import check_divides
-from monkey_model.lora import AdapterSelection, adapter_bank, add_adapters
+from monkey_model.lora import AdapterSelection, adapter_bank, with_adapters
+
+#: Blocks between two inputs that gradient checkpointing keeps. The kept inputs and what the blocks
+#: in between keep while they are run again are smallest together at 2 to 4 of 48 blocks.
+CHECKPOINT_EVERY = 2
 
 
-class VisualAttention(nn.Module):
+def _needs_gradient(x: Tensor, modules: nn.Module) -> bool:
+    """Whether backward will come by here: nothing is kept for blocks below all that trains."""
+    return torch.is_grad_enabled() and (
+        x.requires_grad or any(p.requires_grad for p in modules.parameters())
+    )
+
+
+class _Recomputing(nn.Module):
+    """A module that keeps the inputs of its parts for backward and computes the rest again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recompute = True
+
+    def _adapted(
+        self,
+        base: Callable[[Tensor], Tensor],
+        x: Tensor,
+        adapters: nn.ModuleList,
+        selection: AdapterSelection,
+    ) -> Tensor:
+        """:func:`with_adapters`, of which ``x`` alone is kept."""
+        plain = selection is None or len(adapters) == 0
+        if plain and isinstance(base, nn.Linear):
+            return base(x)  # by itself it keeps no more
+        if not (self.recompute and _needs_gradient(x, self)):
+            return with_adapters(base, x, adapters, selection)
+        return checkpoint(
+            with_adapters,
+            base,
+            x,
+            adapters,
+            selection,
+            use_reentrant=False,
+            preserve_rng_state=self.training,  # for the adapters' dropout
+        )
+
+
+class VisualAttention(_Recomputing):
     """Self-attention with a packed projection and per-crop adapters; [N, crops, E], as upstream.
 
     The packed projection is head-major: each head's q, k and v lie side by side, so all three are
@@ -77,20 +119,18 @@ class VisualAttention(nn.Module):
         if key is not query or value is not query:
             raise ValueError("key and value must be the tensor query itself (self-attention)")
         x = query.transpose(0, 1)
-        crops, tokens, _ = x.shape
-        packed = add_adapters(self.in_proj(x), x, self.in_proj_lora, idx)
-        head_width = self.embed_dim // self.num_heads
-        heads = packed.view(crops, tokens, self.num_heads, 3 * head_width).transpose(1, 2)
+        packed = self._adapted(self.in_proj, x, self.in_proj_lora, idx)
+        heads = packed.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         q, k, v = heads.chunk(3, dim=-1)
         if attn_mask is not None and attn_mask.dim() == 3:
             attn_mask = attn_mask.unflatten(0, (-1, self.num_heads if len(attn_mask) > 1 else 1))
         context = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
         context = context.transpose(1, 2).flatten(2)
-        out = add_adapters(self.out_proj(context), context, self.out_proj_lora, idx)
+        out = self._adapted(self.out_proj, context, self.out_proj_lora, idx)
         return out.transpose(0, 1)
 
 
-class VisualAttentionBlock(nn.Module):
+class VisualAttentionBlock(_Recomputing):
     """Pre-norm transformer block; its third adapter bank reads the residual before ``ln_2``.
 
     Args:
@@ -153,9 +193,12 @@ class VisualAttentionBlock(nn.Module):
     ) -> Tensor:
         """[N, crops, d_model] to the same; ``k_x`` and ``v_x`` are unused, as upstream."""
         x = q_x + self.attention(self.ln_1(q_x), attn_mask=attn_mask, idx=idx)
-        out = x + self.mlp(self.ln_2(x))
-        residual, out = x.transpose(0, 1), out.transpose(0, 1)
-        return add_adapters(out, residual, self.mlp_lora, idx).transpose(0, 1)
+        x = x.transpose(0, 1)
+        out = x + self._adapted(self._mlp, x, self.mlp_lora, idx)
+        return out.transpose(0, 1)
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        return self.mlp(self.ln_2(x))
 
 
 class TransformerBlock(nn.Module):
@@ -207,10 +250,20 @@ class TransformerBlock(nn.Module):
         self, x: Tensor, attn_mask: Tensor | None = None, idx: AdapterSelection = None
     ) -> Tensor:
         """[N, crops, width] -> [N, crops, width]."""
-        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        for block in self.resblocks:
-            if recompute:
-                x = self._gradient_checkpointing_func(block, x, None, None, attn_mask, idx)
+        recompute = self.gradient_checkpointing and self.training
+        step = CHECKPOINT_EVERY if recompute else self.layers
+        for start in range(0, self.layers, step):
+            blocks = self.resblocks[start : start + step]
+            if recompute and _needs_gradient(x, blocks):
+                x = self._gradient_checkpointing_func(_run, blocks, x, attn_mask, idx)
             else:
-                x = block(x, attn_mask=attn_mask, idx=idx)
+                x = _run(blocks, x, attn_mask, idx)
         return x
+
+
+def _run(
+    blocks: nn.ModuleList, x: Tensor, attn_mask: Tensor | None, idx: AdapterSelection
+) -> Tensor:
+    for block in blocks:
+        x = block(x, attn_mask=attn_mask, idx=idx)
+    return x

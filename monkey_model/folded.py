@@ -88,8 +88,7 @@ def fold_resampler(resampler: Resampler, position_table: Tensor) -> FoldedResamp
         resampler: with a plain ``nn.Linear`` as kv_proj and a plain ``nn.MultiheadAttention``.
         position_table: P [N, E], of the tokens.
     """
-    # Plain tensors, whichever mode the caller is in: a compiled graph takes no inference tensors.
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.no_grad():
         attn, norm = resampler.attn, cast(nn.LayerNorm, resampler.ln_kv)
         dtype, width = resampler.query.dtype, resampler.embed_dim
         precise = torch.promote_types(dtype, torch.float32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -50,18 +50,20 @@ def adapter_bank(count: int, d_model: int, out_feat: int, r: int = 16) -> nn.Mod
     return nn.ModuleList(Lora_Adapter(d_model, out_feat, r) for _ in range(count))
 
 
-def add_adapters(
-    output: Tensor, x: Tensor, adapters: nn.ModuleList, selection: AdapterSelection
+def with_adapters(
+    base: Callable[[Tensor], Tensor],
+    x: Tensor,
+    adapters: nn.ModuleList,
+    selection: AdapterSelection,
 ) -> Tensor:
-    """``output`` plus what the selected adapters make of ``x``.
+    """``base(x)`` plus what the selected adapters make of ``x``.
 
-    A batch that mixes crops runs all adapters side by side: one product with the stacked
-    ``lora_a``, the columns of other crops' adapters set to zero, one with the stacked ``lora_b``.
-    Every row costs the rank of all adapters (4 x 16 of 1664), and there is nothing to sort.
+    The adapters come first: where backward computes this again, it stops as soon as it has what
+    they need, before the product of a frozen base.
 
     Args:
-        output: [crops, N, out_feat], of the adapted projection.
-        x: [crops, N, d_model], its input.
+        base: the adapted projection.
+        x: [crops, N, d_model].
         adapters: the projection's adapters.
         selection: see :data:`AdapterSelection`.
 
@@ -69,22 +71,50 @@ def add_adapters(
         [crops, N, out_feat].
     """
     if selection is None or len(adapters) == 0:
-        return output
+        return base(x)
+    term = _adapter_term(x, adapters, selection)
+    return base(x) + term
+
+
+def _adapter_term(x: Tensor, adapters: nn.ModuleList, selection: int | Tensor) -> Tensor:
+    """What the selected adapters make of ``x``.
+
+    A batch that mixes crops runs all adapters side by side: one product with the stacked
+    ``lora_a``, the columns of other crops' adapters set to zero, one with the stacked ``lora_b``.
+    Every row costs the rank of all adapters (4 x 16 of 1664), and there is nothing to sort.
+    """
     if isinstance(selection, int):
-        return output + adapters[selection](x)
+        return adapters[selection](x)
     bank = [cast(Lora_Adapter, adapter) for adapter in adapters]
     if not all(type(m) is nn.Linear for a in bank for m in (a.lora_a, a.lora_b)):
         # Quantised or wrapped adapters have no plain weight to stack: run each as a module.
-        for column, adapter in enumerate(bank):
-            output = output + adapter(x) * selection[:, column, None, None].to(x.dtype)
-        return output
+        chosen = selection.to(x.dtype)[:, :, None, None]
+        return torch.stack([a(x) * chosen[:, i] for i, a in enumerate(bank)]).sum(dim=0)
     # A row belongs to one adapter, so dropping once is each adapter dropping on its own rows.
-    x = F.dropout(x, bank[0].lora_dropout.p, bank[0].training)
+    x = bank[0].lora_dropout(x)
     down = torch.cat([adapter.lora_a.weight for adapter in bank])
     up = torch.cat([adapter.lora_b.weight * adapter.lora_scale for adapter in bank], dim=1)
     t = F.linear(x, down).unflatten(-1, (len(bank), -1))
     t = t * selection[:, None, :, None].to(t.dtype)
-    return output + F.linear(t.flatten(-2), up)
+    return F.linear(t.flatten(-2), up)
+
+
+def check_mergeable(projection: nn.Module, adapter: Lora_Adapter) -> None:
+    """Raise a TypeError where a layer is not a plain ``nn.Linear`` (quantised, wrapped)."""
+    for module in (projection, adapter.lora_a, adapter.lora_b):
+        if type(module) is not nn.Linear:
+            raise TypeError(
+                f"only plain nn.Linear layers can be merged; got {type(module).__name__}"
+            )
+
+
+def merge_adapter(projection: nn.Module, adapter: Lora_Adapter) -> None:
+    """Add ``lora_scale * lora_b lora_a`` to the projection's weight, in place, in float64."""
+    check_mergeable(projection, adapter)
+    weight = cast(nn.Linear, projection).weight
+    with torch.no_grad():
+        product = adapter.lora_b.weight.double() @ adapter.lora_a.weight.double()
+        weight.copy_(weight.double() + adapter.lora_scale.double() * product)
 
 
 def check_adapter_index(name: str, index: Any, adapters: int) -> list[int | None]:
@@ -121,15 +151,15 @@ def check_adapter_index(name: str, index: Any, adapters: int) -> list[int | None
 
 
 def select_adapters(
-    index: Sequence[int | None], adapters: int, device: torch.device
+    index: Sequence[int | None], adapters: int, device: torch.device, *, one_hot: bool = False
 ) -> AdapterSelection:
-    """``index``, one checked entry per crop of a batch, as the selection that the blocks take."""
+    """``index``, one checked entry per crop of a batch, as the selection that the blocks take.
+
+    ``one_hot``: never a single number, which a compiled block would be specialised to.
+    """
     if all(entry is None for entry in index):
         return None
-    if len(set(index)) == 1:
+    if len(set(index)) == 1 and not one_hot:
         return index[0]
-    one_hot = torch.zeros(len(index), adapters)
-    for row, entry in enumerate(index):
-        if entry is not None:
-            one_hot[row, entry] = 1
-    return one_hot.to(device, non_blocking=True)
+    rows = [[float(entry == adapter) for adapter in range(adapters)] for entry in index]
+    return torch.tensor(rows).to(device, non_blocking=True)

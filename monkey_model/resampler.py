@@ -2,76 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from monkey_kernels import resampler_attention
 from monkey_kernels.checks import check_divides
+from monkey_model.cache import ParameterCache
 from monkey_model.folded import FoldedResampler, fold_resampler
-
-
-def get_abs_pos(abs_pos: Tensor, tgt_size: int) -> Tensor:
-    """A square position table resized (bicubic) to another square.
-
-    Args:
-        abs_pos: [L, C], L a square number.
-        tgt_size: number of positions wanted, a square number.
-
-    Returns:
-        [tgt_size, C] in the dtype of ``abs_pos``; the table itself where the sizes agree.
-
-    Raises:
-        ValueError: L or tgt_size is not a square number.
-    """
-    source, target = math.isqrt(abs_pos.shape[0]), math.isqrt(tgt_size)
-    for name, side, size in (
-        ("abs_pos", source, abs_pos.shape[0]),
-        ("tgt_size", target, tgt_size),
-    ):
-        if side * side != size:
-            raise ValueError(f"{name} must have a square number of positions; got {size}")
-    if source == target:
-        return abs_pos
-    wide = torch.promote_types(abs_pos.dtype, torch.float32)
-    table = abs_pos.to(wide).view(1, source, source, -1).permute(0, 3, 1, 2)
-    table = F.interpolate(table, (target, target), mode="bicubic", align_corners=False)
-    return table.permute(0, 2, 3, 1).flatten(0, 2).to(abs_pos.dtype)
-
-
-def get_2d_sincos_pos_embed(
-    embed_dim: int, grid_size: int, cls_token: bool = False
-) -> npt.NDArray[np.float32]:
-    """Fixed 2-D sine-cosine positions, the column's half of the channels before the row's.
-
-    Args:
-        embed_dim: channels, a multiple of 4.
-        grid_size: rows and columns of the square grid.
-        cls_token: whether a row of zeros for a class token comes first.
-
-    Returns:
-        [grid_size**2 (+ 1), embed_dim], a numpy array as upstream's.
-
-    Raises:
-        ValueError: embed_dim is not a positive multiple of 4.
-
-    Source: He et al., Masked Autoencoders (2021).
-    """
-    if embed_dim < 4 or embed_dim % 4:
-        raise ValueError(f"embed_dim must be a positive multiple of 4; got {embed_dim}")
-    exponent = np.arange(embed_dim // 4, dtype=np.float32) / np.float32(embed_dim / 4)
-    omega = np.float32(1) / np.float32(10000) ** exponent
-    angle = np.arange(grid_size, dtype=np.float32)[:, None] * omega
-    axis = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
-    column, row = np.tile(axis, (grid_size, 1)), np.repeat(axis, grid_size, axis=0)
-    table = np.concatenate([column, row], axis=1)
-    return np.concatenate([np.zeros_like(table[:1]), table]) if cls_token else table
+from monkey_model.positions import get_2d_sincos_pos_embed, get_abs_pos, resized_positions
 
 
 class Resampler(nn.Module):
@@ -101,7 +43,8 @@ class Resampler(nn.Module):
         super().__init__()
         check_divides("num_heads", num_heads, "embed_dim", embed_dim)
         self.fold_enabled = True
-        self._folded: tuple[tuple[Any, ...], FoldedResampler] | None = None
+        self._folded: ParameterCache[FoldedResampler] = ParameterCache()
+        self._positions: ParameterCache[Tensor] = ParameterCache()
         self.num_queries = grid_size**2
         self.embed_dim = embed_dim
         self.num_heads = num_heads
@@ -138,7 +81,7 @@ class Resampler(nn.Module):
         parameters of that time, until the module is moved, loaded or trained.
         """
         self.fold_enabled = enabled
-        self._folded = None
+        self._folded.drop()
         return self
 
     def _foldable(self) -> bool:
@@ -162,38 +105,34 @@ class Resampler(nn.Module):
         """The folded form for crops of this many tokens, None where it cannot be used."""
         if self.training or torch.is_grad_enabled():
             # An optimizer's step may follow, and a fused one does not count a parameter's versions.
-            self._folded = None
+            self._folded.drop()
             return None
         if not self._foldable():
             return None
-        cached = self._folded  # read once: another thread may drop it meanwhile
         if torch.compiler.is_compiling():
-            return cached[1] if cached is not None and cached[0][0] == tokens else None
+            return self._folded.held(tokens)
         parameters = list(self.parameters())
-        if any(p.is_inference() or p.is_meta for p in parameters):
-            return None  # changes to these cannot be seen
-        key = (tokens, *((p.data_ptr(), p._version, p.dtype, p.device) for p in parameters))
-        if cached is None or cached[0] != key:
-            table = get_abs_pos(self.pos_embed.detach(), tokens)
-            cached = self._folded = (key, fold_resampler(self, table))
-        return cached[1]
+        if not ParameterCache.can_watch(parameters):
+            return None
+
+        def build() -> FoldedResampler:
+            return fold_resampler(self, get_abs_pos(self.pos_embed, tokens))
+
+        return self._folded.get(parameters, tokens, build)
 
     def train(self, mode: bool = True) -> Resampler:
         """As ``nn.Module.train``; training drops the folded form."""
         if mode:
-            self._folded = None
+            self._folded.drop()
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Resampler:
-        self._folded = None  # the module moves or is cast
+        self._folded.drop()  # the module moves or is cast
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._folded = None
+        self._folded.drop()
         super()._load_from_state_dict(*args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_folded": None}  # a cache: not copied, not pickled
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """Tokens [crops, N, kv_dim] to visual tokens [crops, grid_size**2, embed_dim].
@@ -205,7 +144,7 @@ class Resampler(nn.Module):
             return folded(x)
         tokens = self.ln_kv(self.kv_proj(x))
         query = self.ln_q(self.query) + self.pos_embed
-        keys = tokens + get_abs_pos(self.pos_embed, tokens.shape[1])
+        keys = tokens + resized_positions(self._positions, self.pos_embed, tokens.shape[1])
         if type(self.attn) is not nn.MultiheadAttention:
             # Something wraps the attention as a whole and has to run as it is.
             repeated = query[:, None].expand(-1, tokens.shape[0], -1)

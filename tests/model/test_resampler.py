@@ -10,11 +10,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from benchmarks.memory import saved_for_backward, total_bytes
 from monkey_model import folded as folded_module
 from monkey_model import resampler as resampler_module
 from monkey_model.resampler import Resampler, get_abs_pos
 from tests.golden import load_golden, relative_l2
-from tests.saved import saved_for_backward, total_bytes
 
 SMALL = {"grid_size": 4, "embed_dim": 256, "num_heads": 2, "kv_dim": 96}
 REAL = {"grid_size": 16, "embed_dim": 4096, "num_heads": 32, "kv_dim": 1664}
@@ -71,7 +71,7 @@ def assert_accurate(name: str, resampler: Resampler, x: Tensor, dtype: torch.dty
     plain = relative_l2(plain_form(resampler, x), exact)
     for form in ("folded", "unfolded"):
         out = resampler.fold(form == "folded")(x)
-        assert (resampler._folded is not None) == (form == "folded")
+        assert (resampler._folded._held is not None) == (form == "folded")
         assert out.dtype == dtype and torch.isfinite(out).all()
         error = relative_l2(out, exact)
         report = f"{name}, {dtype}, {form}: {error:.3e}, plain torch {plain:.3e}"
@@ -198,9 +198,9 @@ def test_training_drops_it(builds):
     resampler(x)  # gradients are on: the module's own projections
     assert not builds
     assert_is_plain_form(resampler, x)
-    assert resampler._folded is not None
+    assert resampler._folded._held is not None
     resampler.train()
-    assert resampler._folded is None
+    assert resampler._folded._held is None
     with torch.no_grad():
         resampler(x)
     assert len(builds) == 1
@@ -237,7 +237,7 @@ def test_copies_and_pickles_leave_the_cache(builds):
     resampler, x = make_resampler(), torch.randn(2, 64, 96)
     assert_is_plain_form(resampler, x)
     for other in (copy.deepcopy(resampler), pickle.loads(pickle.dumps(resampler))):
-        assert other._folded is None
+        assert other._folded._held is None
         assert_is_plain_form(other, x)
     assert set(resampler.state_dict()) == {name for name, _ in resampler.named_parameters()}
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import baselines
 from monkey_kernels.crops import reference
 from monkey_model.visual import (
     Lora_Adapter,
@@ -26,19 +25,7 @@ from monkey_model.visual import (
     sliding_window,
 )
 from tests.golden import assert_crops_match, assert_tokens_match, load_golden, relative_l2
-from tests.saved import saved_for_backward, total_bytes
-
-SMALL = {
-    "image_size": 56,
-    "patch_size": 14,
-    "width": 16,
-    "layers": 2,
-    "heads": 2,
-    "mlp_ratio": 2.0,
-    "n_queries": 4,
-    "output_dim": 128,
-    "crop_size": 28,
-}
+from tests.model.small import SMALL, small_encoder
 
 
 @pytest.fixture(scope="module")
@@ -54,17 +41,6 @@ def encoder(golden):
 @pytest.fixture(scope="module")
 def crops(golden, encoder):
     return encoder.extract_crops(golden.images)
-
-
-def small_encoder(seed: int = 0, **settings) -> VisionTransformer:
-    """A tiny encoder in which no adapter is a no-op."""
-    torch.manual_seed(seed)
-    encoder = VisionTransformer(**{**SMALL, **settings}).eval()
-    with torch.no_grad():
-        for name, parameter in encoder.named_parameters():
-            if "lora_b" in name or "lora_scale" in name:
-                parameter.normal_()
-    return encoder
 
 
 # ---- parity with upstream -------------------------------------------------------------------
@@ -93,17 +69,6 @@ def test_golden_batched(golden, encoder, crop_chunk):
         tokens = encoder.encode_images(golden.images, crop_chunk=crop_chunk)
     assert tokens.shape == (2, 1280, 256)
     assert_tokens_match(tokens, golden)
-
-
-def test_golden_baseline(golden, encoder, crops):
-    """What benchmarks/ compares with is upstream's arithmetic."""
-    with torch.no_grad():
-        assert_tokens_match(baselines.upstream_tokens(encoder, crops), golden)
-    pictures = [Image.open(path) for path in golden.images]
-    for mode in ("bilinear", "bicubic"):
-        baseline = torch.cat([baselines.upstream_crops(p, mode) for p in pictures])
-        ours = golden.encoder(interpolation=mode).extract_crops(golden.images)
-        assert (baseline - ours).abs().max() < 0.01
 
 
 def test_golden_state_dict_is_upstreams(golden, encoder):
@@ -155,63 +120,6 @@ def test_adapters_of_a_mixed_batch():
         for crop, adapter, tokens in zip(crops, index, together, strict=True):
             torch.testing.assert_close(tokens, encoder(crop[None], adapter)[0])
         assert not torch.allclose(encoder(crops[:1], 0), encoder(crops[:1], 1))
-
-
-def test_adapter_gradients_of_a_mixed_batch():
-    """The stacked adapters pass each adapter the gradient of its own crops, and no other's."""
-    encoder = small_encoder().double()
-    crops = torch.randn(6, 3, 28, 28, dtype=torch.float64)
-    index, out_grad = [0, 2, None, 2, 1, 0], torch.randn(6, 4, 128, dtype=torch.float64)
-    parameters = [p for p in encoder.parameters() if p.requires_grad]
-    got = torch.autograd.grad(encoder(crops, index), parameters, out_grad, allow_unused=True)
-    one_by_one = torch.cat([encoder(c[None], i) for c, i in zip(crops, index, strict=True)])
-    expected = torch.autograd.grad(one_by_one, parameters, out_grad, allow_unused=True)
-    for g, e in zip(got, expected, strict=True):
-        e = torch.zeros_like(g) if e is None and g is not None else e  # adapter 3: unused
-        torch.testing.assert_close(g, e, rtol=1e-9, atol=1e-12)
-
-
-def bytes_saved_for_backward(encoder, crops, index):
-    return total_bytes(saved_for_backward(encoder, lambda: encoder(crops, index)))
-
-
-@pytest.mark.parametrize("index", [[0, 1, 2, 3, None], [2] * 5])
-def test_gradient_checkpointing(index):
-    """The same gradients, adapters included, with frozen weights and active dropout."""
-    encoder = small_encoder(layers=8).train()
-    for name, parameter in encoder.named_parameters():
-        parameter.requires_grad_("lora" in name or name.startswith("attn_pool.query"))
-    crops, out_grad = torch.randn(5, 3, 28, 28), torch.randn(5, 4, 128)
-    trained = [p for p in encoder.parameters() if p.requires_grad]
-
-    def gradients():
-        torch.manual_seed(7)
-        return torch.autograd.grad(encoder(crops, index), trained, out_grad, allow_unused=True)
-
-    expected = gradients()
-    whole = bytes_saved_for_backward(encoder, crops, index)
-    encoder.gradient_checkpointing_enable()
-    for got, want in zip(gradients(), expected, strict=True):
-        assert (got is None) == (want is None)
-        assert got is None or torch.equal(got, want)
-    assert sum(gradient is not None for gradient in expected) > len(trained) // 5
-    assert bytes_saved_for_backward(encoder, crops, index) < whole / 3
-    encoder.gradient_checkpointing_disable()
-    assert bytes_saved_for_backward(encoder, crops, index) == whole
-    with pytest.raises(ValueError, match="must not set use_reentrant=True"):
-        encoder.gradient_checkpointing_enable({"use_reentrant": True})
-
-
-def test_frozen_vit_keeps_nothing():
-    """With only the resampler training, the ViT saves nothing, however many blocks it has."""
-    saved = []
-    for layers in (1, 4):
-        encoder = small_encoder(layers=layers).train()
-        for name, parameter in encoder.named_parameters():
-            parameter.requires_grad_(name.startswith("attn_pool.") and "pos_embed" not in name)
-        crops = torch.randn(5, 3, 28, 28)
-        saved.append(bytes_saved_for_backward(encoder, crops, [0, 1, 2, 3, None]))
-    assert saved[0] == saved[1]
 
 
 def test_wrapped_adapters_run_as_modules():
@@ -331,20 +239,6 @@ def test_half_precision_runs():
         with torch.no_grad():
             tokens = encoder.encode_images([torch.zeros(9, 9, 3, dtype=torch.uint8)])
         assert tokens.dtype == dtype and torch.isfinite(tokens).all()
-
-
-def test_compile_without_graph_breaks():
-    """Adapters of a mixed batch, forward and backward."""
-    encoder, crops = small_encoder(), torch.randn(5, 3, 28, 28)
-    index, out_grad = [0, 1, 2, 3, None], torch.randn(5, 4, 128)
-    compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(crops, index), encoder(crops, index))
-    trained = [p for p in encoder.parameters() if p.requires_grad]
-    expected = torch.autograd.grad(encoder(crops, index), trained, out_grad)
-    got = torch.autograd.grad(compiled(crops, index), trained, out_grad)
-    for g, e in zip(got, expected, strict=True):
-        assert relative_l2(g, e) < 1e-5
 
 
 def test_peak_memory_of_a_large_photo(tmp_path):

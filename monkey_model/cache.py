@@ -1,0 +1,53 @@
+"""Values computed from parameters alone, kept until a parameter changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+Value = TypeVar("Value")
+
+
+class ParameterCache(Generic[Value]):
+    """One value that :meth:`get` builds again when a parameter has changed, moved or been cast.
+
+    A change is seen by a parameter's address, version count, dtype and device. One through
+    ``parameter.data`` leaves no trace, and a fused optimizer leaves none either: :meth:`drop` after
+    them. The value is neither copied nor pickled.
+    """
+
+    def __init__(self) -> None:
+        self._held: tuple[tuple[Any, ...], Value] | None = None
+
+    @staticmethod
+    def can_watch(parameters: Sequence[Tensor]) -> bool:
+        """Whether changes can be seen: not of inference or meta tensors."""
+        return not any(p.is_inference() or p.is_meta for p in parameters)
+
+    def get(self, parameters: Sequence[Tensor], extra: Any, build: Callable[[], Value]) -> Value:
+        """``build()``, or what it gave for the same parameters and ``extra``."""
+        if not self.can_watch(parameters):
+            return build()
+        key = (extra, *((p.data_ptr(), p._version, p.dtype, p.device) for p in parameters))
+        held = self._held  # read once: another thread may drop it meanwhile
+        if held is None or held[0] != key:
+            # Plain tensors, whichever mode the caller is in: autograd and compiled graphs take no
+            # inference tensors.
+            with torch.inference_mode(False), torch.no_grad():
+                held = self._held = (key, build())
+        return held[1]
+
+    def held(self, extra: Any) -> Value | None:
+        """What was built last for ``extra``, whether or not parameters have changed since."""
+        held = self._held
+        return held[1] if held is not None and held[0][0] == extra else None
+
+    def drop(self) -> None:
+        """Forget the value."""
+        self._held = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_held": None}

@@ -1,0 +1,233 @@
+"""Inference at its fastest: compiled blocks, CUDA graphs, merged adapters, no waiting."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from monkey_model.cuda_graph import GraphedEncoder
+from monkey_model.visual import VisionTransformer
+from tests.golden import assert_tokens_match, load_golden, relative_l2
+from tests.model.small import small_encoder
+from tests.numerics import check_error
+
+INDEX = [0, 1, 2, 3, None]
+
+
+# ---- compiled -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def graphs():
+    """How many graphs torch.compile has made since."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    yield lambda: counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+
+
+def test_whole_encoder_compiles_without_graph_breaks():
+    """Adapters of a mixed batch, forward and backward."""
+    encoder, crops = small_encoder().double(), torch.randn(5, 3, 28, 28).double()
+    out_grad = torch.randn(5, 4, 128).double()
+    compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(crops, INDEX), encoder(crops, INDEX))
+    trained = [p for p in encoder.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(encoder(crops, INDEX), trained, out_grad)
+    got = torch.autograd.grad(compiled(crops, INDEX), trained, out_grad)
+    for g, e in zip(got, expected, strict=True):
+        assert relative_l2(g, e) < 1e-9
+
+
+def test_one_compiled_block_serves_all_layers_and_batch_sizes(graphs):
+    encoder = small_encoder(layers=6)
+    encoder.compile(backend="aot_eager")
+    with torch.no_grad():
+        for batch in (1, 2):
+            encoder.encode_crops(torch.randn(5 * batch, 3, 28, 28), crop_chunk=5 * batch)
+        made = graphs()
+        assert made <= 2
+        for batch in (3, 7, 4):
+            encoder.encode_crops(torch.randn(5 * batch, 3, 28, 28), crop_chunk=5 * batch)
+        assert graphs() == made
+        # Crops one at a time: a graph for those with an adapter, whichever it is, and one without.
+        encoder.encode_crops(torch.randn(5, 3, 28, 28), crop_chunk=1)
+        assert graphs() <= made + 2
+
+
+def test_compiled_gradients():
+    """Recomputed activations and dropout-free adapters, block by block."""
+    encoder, crops = small_encoder().double(), torch.randn(5, 3, 28, 28).double()
+    out_grad = torch.randn(5, 4, 128).double()
+    trained = [p for p in encoder.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(encoder(crops, INDEX), trained, out_grad)
+    encoder.compile(backend="aot_eager")
+    got = torch.autograd.grad(encoder(crops, INDEX), trained, out_grad)
+    for g, e in zip(got, expected, strict=True):
+        assert relative_l2(g, e) < 1e-9
+
+
+def test_golden_compiled():
+    """Through inductor, as users compile."""
+    golden = load_golden()
+    encoder = golden.encoder()
+    encoder.compile()
+    with torch.no_grad():
+        assert_tokens_match(encoder.encode_images(golden.images), golden)
+
+
+# ---- CUDA graphs and host synchronisation -------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_cuda_graph_replays_the_encoder():
+    encoder = small_encoder().to("cuda", torch.float16)
+    crops = torch.randn(2, 10, 3, 28, 28, device="cuda", dtype=torch.float16)
+    for compiled in (False, True):
+        if compiled:
+            encoder.compile()
+        graphed = encoder.cuda_graph(2)
+        with torch.no_grad():
+            for batch in crops:
+                torch.testing.assert_close(graphed(batch), encoder.encode_crops(batch))
+    with pytest.raises(ValueError, match=r"crops must be \[10, 3, 28, 28\], as recorded; got \[5"):
+        graphed(crops[0, :5])
+    with pytest.raises(ValueError, match="encoder must be in eval mode; got training mode"):
+        encoder.train().cuda_graph(2)
+
+
+def test_cuda_graph_needs_a_gpu():
+    with pytest.raises(ValueError, match="encoder must be on a CUDA or ROCm device; got cpu"):
+        small_encoder().cuda_graph(1)
+    with pytest.raises(ValueError, match="images must be positive; got 0"):
+        GraphedEncoder(small_encoder(), 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("training", [False, True])
+def test_forward_never_waits_for_the_gpu(training):
+    encoder = small_encoder().to("cuda").train(training)
+    crops = torch.randn(10, 3, 28, 28, device="cuda")
+    with torch.set_grad_enabled(training):
+        encoder.encode_crops(crops)  # the first call compiles kernels and builds the fold
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            tokens = encoder.encode_crops(crops)
+            if training:
+                tokens.backward(torch.ones_like(tokens))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+class NoValuesOnTheHost(TorchDispatchMode):
+    """Raises at an operation that hands values of a tensor to Python: a wait, on a GPU."""
+
+    WAITING = ("_local_scalar_dense", "equal", "nonzero", "is_nonzero", "masked_select", "unique")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in self.WAITING:
+            raise AssertionError(f"{func} waits for its tensor")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_forward_reads_no_values(training):
+    """The same without a GPU: no .item(), no comparison, no shape that depends on values."""
+    encoder, crops = small_encoder().train(training), torch.randn(10, 3, 28, 28)
+    with torch.set_grad_enabled(training), NoValuesOnTheHost():
+        tokens = encoder.encode_crops(crops, crop_chunk=10)
+        if training:
+            tokens.backward(torch.ones_like(tokens))
+    with NoValuesOnTheHost(), pytest.raises(AssertionError, match="waits for its tensor"):
+        tokens.sum().item()
+    with NoValuesOnTheHost(), pytest.raises(AssertionError, match="waits for its tensor"):
+        torch.equal(crops, crops)
+
+
+# ---- merged adapters ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_adapter(dtype):
+    """The error rule: as close to the exact result as the adapter beside the projection."""
+    crops = torch.randn(3, 3, 28, 28).to(dtype)
+    beside, merged = small_encoder().to(dtype), small_encoder().to(dtype)
+    exact = small_encoder().to(dtype).double()
+    size = len(merged.state_dict())
+    assert merged.merge_adapter(2) is merged
+    with torch.no_grad():
+        expected = exact(crops.double(), 2)
+        check_error("merged", merged(crops, 2), beside(crops, 2), expected)
+        torch.testing.assert_close(merged(crops, [2, 2, 2]), merged(crops, 2))
+    assert merged.merged_adapter == 2
+    assert len(merged.state_dict()) == size - 2 * (4 + 4 + 3) * 3
+    for idx in (None, 0, [2, 2, 1]):
+        with pytest.raises(ValueError, match="idx must be 2, the adapter that is merged; got"):
+            merged(crops, idx)
+    with pytest.raises(ValueError, match="adapter 2 is merged already; got 1"):
+        merged.merge_adapter(1)
+
+
+def test_a_merge_that_cannot_be_done_changes_nothing():
+    class Wrapped(torch.nn.Linear):
+        pass
+
+    encoder = small_encoder()
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    encoder.transformer.resblocks[1].attn.out_proj.__class__ = Wrapped
+    with pytest.raises(TypeError, match=r"only plain nn.Linear layers can be merged; got Wrapped"):
+        encoder.merge_adapter(0)
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(value, before[name])
+    with pytest.raises(ValueError, match=r"idx must name one of the 4 adapters \(0 to 3\); got 4"):
+        encoder.merge_adapter(4)
+    with pytest.raises(TypeError, match="idx must be the number of an adapter; got None"):
+        encoder.merge_adapter(None)
+
+
+# ---- position tables ----------------------------------------------------------------------------
+
+
+def resized_tables(monkeypatch) -> list[int]:
+    import monkey_model.positions as positions
+
+    calls: list[int] = []
+    resize = positions.F.interpolate
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return resize(*args, **kwargs)
+
+    monkeypatch.setattr(positions.F, "interpolate", counted)
+    return calls
+
+
+def test_position_tables_are_resized_once(monkeypatch):
+    """While frozen, in training too; again after a change; every time while it trains."""
+    calls = resized_tables(monkeypatch)
+    encoder = VisionTransformer(
+        image_size=112, patch_size=14, width=16, layers=1, heads=2, mlp_ratio=2.0, n_queries=4,
+        output_dim=128, crop_size=56,
+    ).requires_grad_(False)  # fmt: skip
+    crops = torch.randn(5, 3, 56, 56)
+    for training in (True, False):
+        encoder.train(training)
+        encoder.attn_pool.query.requires_grad_(training)
+        tokens = [encoder(crops, INDEX) for _ in range(3)]
+        assert len(calls) == 2  # the ViT's and the resampler's
+    assert torch.equal(tokens[0], tokens[2])
+    encoder.positional_embedding += 1
+    changed = encoder(crops, INDEX)
+    assert len(calls) == 3 and not torch.allclose(changed, tokens[0])
+    with torch.inference_mode():
+        torch.testing.assert_close(encoder(crops, INDEX), changed)
+    encoder.positional_embedding.requires_grad_(True)
+    before = len(calls)
+    for _ in range(2):
+        encoder(crops, INDEX).sum().backward()
+    assert len(calls) == before + 2
+    assert encoder.positional_embedding.grad.abs().sum() > 0
