@@ -1,11 +1,47 @@
-"""What every benchmark run records about where it ran."""
+"""What every run records beside its figures: where it ran, how, and what did not run and why."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import platform
+import subprocess
+from collections.abc import Iterator
+from typing import Any
 
+import pytest
 import torch
-import triton
+
+from benchmarks import timing
+from benchmarks.baselines import why_missing
+from benchmarks.workloads import DEVICE, DTYPES, LAYERS, SCALE
+
+_PACKAGES = ("triton", "transformers", "numpy", "pillow", "torchvision", "flash-attn")
+_not_run = pytest.StashKey[list[dict[str, str]]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_not_run] = []
+
+
+@pytest.fixture(autouse=True)
+def _skip_missing_provider(request: pytest.FixtureRequest) -> None:
+    callspec = getattr(request.node, "callspec", None)
+    reason = why_missing(callspec.params.get("provider", "")) if callspec else None
+    if reason:
+        pytest.skip(reason)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
+    """No row is missing in silence: a benchmark that was skipped or failed is listed."""
+    report: Any = yield
+    if report.outcome != "passed":
+        reason = str(call.excinfo.value).split("\n")[0]
+        if report.failed:
+            reason = f"{call.excinfo.typename}: {reason}"
+        row = {"name": item.name, "outcome": report.outcome, "reason": reason}
+        item.config.stash[_not_run].append(row)
+    return report
 
 
 def _cpu_name() -> str:
@@ -19,10 +55,42 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor()
 
 
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.splitlines()[0]
+
+
 def pytest_benchmark_update_machine_info(config, machine_info):
     for private in ("node", "release"):  # the host's name and kernel are nobody's business
         machine_info.pop(private, None)
     machine_info["cpu"] = {"brand_raw": _cpu_name(), "threads": torch.get_num_threads()}
     machine_info["torch"] = torch.__version__
-    machine_info["triton"] = triton.__version__
-    machine_info["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    machine_info.update({package: _version(package) for package in _PACKAGES})
+    machine_info["gpu"] = None
+    if DEVICE.type == "cuda":
+        machine_info["gpu"] = torch.cuda.get_device_name()
+        machine_info["driver"] = _driver()
+        machine_info["cuda"] = torch.version.cuda or torch.version.hip
+    machine_info["settings"] = {"scale": SCALE, "layers": LAYERS, "dtypes": DTYPES}
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    output_json["not_run"] = config.stash[_not_run]
+    for row in output_json["benchmarks"]:  # the rounds are in the statistics
+        row["stats"].pop("data", None)
+    if DEVICE.type == "cuda":
+        output_json["ceilings"] = {
+            "copy GB/s": timing.copy_bandwidth() / 1e9,
+            "GEMM TFLOP/s": timing.gemm_throughput() / 1e12,
+        }

@@ -6,106 +6,170 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks.baselines import upstream_resampler
-from benchmarks.timing import DEVICE, measure
-from benchmarks.workloads import real_encoder
+from benchmarks.accuracy import assert_same, compiled_on_gpu
+from benchmarks.baselines import flash_attention, library_resampler, upstream_resampler
+from benchmarks.timing import measure
+from benchmarks.workloads import (
+    CROPS,
+    DEVICE,
+    DTYPES,
+    INPUTS,
+    OUT_WIDTH,
+    QUERIES,
+    RESAMPLER_FLOP,
+    TOKENS,
+    WIDTH,
+    parameter_bytes,
+    real_encoder,
+    train_adapters_and_resampler,
+)
 from monkey_kernels import resampler_attention
 
-DTYPES = ["float32", "bfloat16"] if DEVICE.type == "cpu" else ["bfloat16"]
-TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2}
-HEADS, HEAD_DIM, QUERIES, TOKENS, WIDTH = 32, 128, 256, 1024, 1664
-PROVIDERS = ["upstream", "ours", "ours, not folded"]
-if DEVICE.type == "cuda":
-    PROVIDERS.insert(1, "upstream, compiled")
-
-
-def assert_same(out, expected, name, info):
-    error = ((out.float() - expected).norm() / expected.norm()).item()
-    info["relative L2 against upstream"] = error
-    assert error <= TOLERANCE[name]
+PROVIDERS = [
+    "upstream",
+    pytest.param("upstream, compiled", marks=compiled_on_gpu),
+    "library",
+    pytest.param("library, compiled", marks=compiled_on_gpu),
+    "ours, not folded",
+    "ours",
+]
+HEADS = OUT_WIDTH // 128
 
 
 @pytest.fixture(scope="module", params=DTYPES)
 def encoder(request):
-    return real_encoder(layers=1, dtype=getattr(torch, request.param)).to(DEVICE)
+    return real_encoder(layers=1, dtype=getattr(torch, request.param))
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_resampler(benchmark, encoder, provider):
-    """Resampler, ln_post and proj of one image's 5 crops."""
-    pool, dtype = encoder.attn_pool, encoder.proj.dtype
-    name = str(dtype).removeprefix("torch.")
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randn(5, TOKENS, WIDTH, generator=generator).to(DEVICE, dtype)
+def _tokens(crops, dtype):
+    torch.manual_seed(0)
+    return [torch.randn(crops, TOKENS, WIDTH, device=DEVICE, dtype=dtype) for _ in range(INPUTS)]
+
+
+def _forms(encoder):
+    """Functions from tokens [crops, N, E] to visual tokens."""
+    pool = encoder.attn_pool
 
     def finish(x):
         return encoder.ln_post(x) @ encoder.proj
 
-    def upstream():
+    def upstream(tokens):
         # One crop at a time, as upstream's model calls it.
         return torch.cat([finish(upstream_resampler(pool, x[None])) for x in tokens])
 
-    compiled = torch.compile(upstream, mode="max-autotune-no-cudagraphs")
-    providers = {
+    def library(tokens):
+        return finish(library_resampler(pool, tokens))
+
+    return {
         "upstream": upstream,
-        "upstream, compiled": compiled,
-        "ours": lambda: finish(pool(tokens)),
-        "ours, not folded": lambda: finish(pool(tokens)),
+        "upstream, compiled": torch.compile(upstream, mode="max-autotune-no-cudagraphs"),
+        "library": library,
+        "library, compiled": torch.compile(library, mode="max-autotune-no-cudagraphs"),
+        "ours": lambda tokens: finish(pool(tokens)),
+        "ours, not folded": lambda tokens: finish(pool(tokens)),
     }
-    benchmark.group = f"resampler + ln_post + proj, 5 crops: {name}"
-    pool.fold(provider != "ours, not folded")
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_resampler(benchmark, encoder, provider):
+    """Inference: resampler, ln_post and proj of one image's 5 crops."""
+    dtype = encoder.proj.dtype
+    forms, tokens = _forms(encoder.eval()), _tokens(CROPS, dtype)
+    name = str(dtype).removeprefix("torch.")
+    benchmark.group = f"resampler + ln_post + proj, {CROPS} crops: {name}"
+    encoder.attn_pool.fold(provider != "ours, not folded")
     with torch.inference_mode():
-        assert_same(providers[provider](), upstream().float(), name, benchmark.extra_info)
-        flop = 5 * 55e9  # of the folded form, the least that is known to do it
-        measure(benchmark, providers[provider], flop=int(flop))
+        expected = [forms["upstream"](tokens[0])]
+        assert_same([forms[provider](tokens[0])], expected, benchmark.extra_info)
+        weights = parameter_bytes(encoder.attn_pool) + encoder.proj.nbytes
+        moved = weights + tokens[0].nbytes + expected[0].nbytes
+        flop = CROPS * RESAMPLER_FLOP
+        measure(benchmark, forms, provider, tokens, flop=flop, bytes_moved=moved)
+
+
+@pytest.mark.parametrize("provider", ["upstream", "library", "ours"])
+def test_resampler_training(benchmark, encoder, provider):
+    """Forward and backward into the resampler's parameters and the tokens."""
+    dtype, crops = encoder.proj.dtype, CROPS if DEVICE.type == "cuda" else 1
+    trained = train_adapters_and_resampler(encoder)
+    trained = [p for n, p in encoder.attn_pool.named_parameters() if p.requires_grad]
+    inputs = [x.requires_grad_() for x in _tokens(crops, dtype)]
+    out_grad = torch.randn(crops, QUERIES, OUT_WIDTH, device=DEVICE, dtype=dtype)
+    forms = {
+        name: lambda x, form=form: torch.autograd.grad(form(x), [x, *trained], out_grad)
+        for name, form in _forms(encoder).items()
+    }
+    name = str(dtype).removeprefix("torch.")
+    benchmark.group = f"resampler training, {crops} crop(s): {name}"
+    gradients = forms[provider](inputs[0])
+    assert_same(gradients, forms["upstream"](inputs[0]), benchmark.extra_info)
+    measure(benchmark, forms, provider, inputs)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("provider", ["bmm", "SDPA", "ours"])
-@pytest.mark.parametrize("crops", [5] if DEVICE.type == "cpu" else [5, 40])
+@pytest.mark.parametrize("provider", ["bmm", "SDPA", "flash-attn", "ours"])
+@pytest.mark.parametrize("crops", [CROPS] if DEVICE.type == "cpu" else [CROPS, 8 * CROPS])
 def test_attention(benchmark, crops, provider, direction):
-    """The cross-attention alone."""
+    """The cross-attention alone; "bmm" is upstream's."""
     dtype = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16
-    name = str(dtype).removeprefix("torch.")
     torch.manual_seed(0)
-    width = HEADS * HEAD_DIM
-    query = torch.randn(QUERIES, width, device=DEVICE, dtype=dtype)
-    key, value = torch.randn(crops, TOKENS, 2 * width, device=DEVICE, dtype=dtype).chunk(2, -1)
-    inputs = [x.detach().requires_grad_(direction == "backward") for x in (query, key, value)]
+
+    def make_inputs():
+        query = torch.randn(QUERIES, OUT_WIDTH, device=DEVICE, dtype=dtype)
+        packed = torch.randn(crops, TOKENS, 2 * OUT_WIDTH, device=DEVICE, dtype=dtype)
+        tensors = query, *packed.chunk(2, -1)
+        return [x.detach().requires_grad_(direction == "backward") for x in tensors]
 
     def split(x):
-        return x.unflatten(-1, (HEADS, HEAD_DIM)).transpose(-3, -2)
+        return x.unflatten(-1, (HEADS, -1))
 
-    def bmm():
-        q, k, v = inputs
-        q = split(q).repeat(crops, 1, 1, 1).flatten(0, 1) / HEAD_DIM**0.5
-        p = torch.bmm(q, split(k).flatten(0, 1).mT).softmax(-1)
-        out = torch.bmm(p, split(v).flatten(0, 1)).unflatten(0, (crops, HEADS))
+    def bmm(inputs):
+        q, k, v = (split(x).transpose(-3, -2) for x in inputs)
+        q = q.repeat(crops, 1, 1, 1).flatten(0, 1) / q.shape[-1] ** 0.5
+        p = torch.bmm(q, k.flatten(0, 1).mT).softmax(-1)
+        out = torch.bmm(p, v.flatten(0, 1)).unflatten(0, (crops, HEADS))
         return out.transpose(1, 2).flatten(2)
 
-    def sdpa():
-        q, k, v = inputs
-        out = F.scaled_dot_product_attention(split(q).expand(crops, -1, -1, -1), split(k), split(v))
+    def sdpa(inputs):
+        q, k, v = (split(x).transpose(-3, -2) for x in inputs)
+        out = F.scaled_dot_product_attention(q.expand(crops, -1, -1, -1), k, v)
         return out.transpose(1, 2).flatten(2)
 
-    providers = {
+    def flash(inputs):
+        q, k, v = map(split, inputs)
+        return flash_attention(q.expand(crops, -1, -1, -1), k, v).flatten(2)
+
+    forms = {
         "bmm": bmm,
         "SDPA": sdpa,
-        "ours": lambda: resampler_attention(*inputs, num_heads=HEADS),
+        "flash-attn": flash,
+        "ours": lambda inputs: resampler_attention(*inputs, num_heads=HEADS),
     }
+    name = str(dtype).removeprefix("torch.")
     benchmark.group = f"cross-attention {direction}, {crops} crops: {name}"
-    out, expected = providers[provider](), bmm()
-    assert_same(out, expected.float(), name, benchmark.extra_info)
-    product = 2 * crops * QUERIES * TOKENS * width
+    product = 2 * crops * QUERIES * TOKENS * OUT_WIDTH
+    size = dtype.itemsize * (OUT_WIDTH * crops * (2 * TOKENS + QUERIES) + OUT_WIDTH * QUERIES)
+    inputs = [make_inputs() for _ in range(INPUTS)]
     if direction == "forward":
-        measure(benchmark, providers[provider], flop=2 * product)
+        expected = [bmm(inputs[0])]
+        assert_same([forms[provider](inputs[0])], expected, benchmark.extra_info)
+        measure(benchmark, forms, provider, inputs, flop=2 * product, bytes_moved=size)
         return
-    out_grad = torch.randn_like(out)
-    for ours, theirs in zip(
-        torch.autograd.grad(out, inputs, out_grad, retain_graph=True),
-        torch.autograd.grad(expected, inputs, out_grad),
-        strict=True,
-    ):
-        assert_same(ours, theirs.float(), name, {})
-    backward = lambda: torch.autograd.grad(out, inputs, out_grad, retain_graph=True)  # noqa: E731
-    measure(benchmark, backward, flop=5 * product)
+
+    out_grad = torch.randn(crops, QUERIES, OUT_WIDTH, device=DEVICE, dtype=dtype)
+    graphs = {
+        name: [(forms[name](x), x) for x in inputs] for name in dict.fromkeys(["bmm", provider])
+    }
+
+    def backward(graph):
+        return torch.autograd.grad(*graph, out_grad, retain_graph=True)
+
+    backwards = {
+        name: lambda i, name=name: backward(graphs[name][i]) for name in dict.fromkeys(graphs)
+    }
+    assert_same(backwards[provider](0), backwards["bmm"](0), benchmark.extra_info)
+    # The output and its gradient are read, three gradients are written.
+    moved = 2 * size + out_grad.nbytes
+    measure(
+        benchmark, backwards, provider, range(INPUTS), flop=5 * product, bytes_moved=moved
+    )

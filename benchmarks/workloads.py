@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from typing import Any
 
@@ -10,8 +11,21 @@ from torch import Tensor, nn
 
 from monkey_model.visual import TransformerBlock, VisionTransformer
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+#: "tiny" proves that every benchmark runs; its figures mean nothing, and no run of it is kept.
+SCALE = os.environ.get("MONKEY_BENCHMARK_SCALE", "real")
+if SCALE not in ("real", "tiny"):
+    raise ValueError(f"MONKEY_BENCHMARK_SCALE must be real or tiny; got {SCALE!r}")
+
 #: (height, width) of a decoded photo.
 PHOTO_SIZES = {"640x480": (480, 640), "1600x1200": (1200, 1600), "4000x3000": (3000, 4000)}
+#: Photos of many sizes in one call.
+RAGGED_SIZES = [
+    (600 + 37 * i % 1900, 700 + 53 * i % 2300) for i in range(64 if DEVICE.type == "cuda" else 8)
+]
+#: Different inputs that a GPU's rounds take in turn.
+INPUTS = 3 if DEVICE.type == "cuda" else 1
 
 #: Monkey's encoder as published, but for the number of layers.
 REAL_CONFIG: dict[str, Any] = {
@@ -23,11 +37,33 @@ REAL_CONFIG: dict[str, Any] = {
     "n_queries": 256,
     "output_dim": 4096,
 }
+LAYERS = 48 if DEVICE.type == "cuda" else 2
+DTYPES = ["bfloat16"] if DEVICE.type == "cuda" else ["float32", "bfloat16"]
+
+if SCALE == "tiny":
+    PHOTO_SIZES = {name: (h // 8, w // 8) for name, (h, w) in PHOTO_SIZES.items()}
+    RAGGED_SIZES = [(h // 8, w // 8) for h, w in RAGGED_SIZES[:3]]
+    REAL_CONFIG |= {"width": 104, "heads": 2, "output_dim": 256}
+    LAYERS = 2
+
+#: Patch tokens of a crop, and crops of an image.
+TOKENS, CROPS = 1024, 5
+WIDTH, OUT_WIDTH, QUERIES = (REAL_CONFIG[k] for k in ("width", "output_dim", "n_queries"))
+MLP_WIDTH = int(WIDTH * REAL_CONFIG["mlp_ratio"])
+
+#: Arithmetic of one crop, adapters apart: a block's products and its attention, and the folded
+#: resampler with ``proj``, the least that is known to do it.
+BLOCK_FLOP = 2 * TOKENS * WIDTH * (4 * WIDTH + 2 * MLP_WIDTH) + 4 * TOKENS**2 * WIDTH
+RESAMPLER_FLOP = (
+    2 * TOKENS * WIDTH * (2 * OUT_WIDTH + WIDTH // 2)
+    + 4 * QUERIES * TOKENS * OUT_WIDTH
+    + 4 * QUERIES * OUT_WIDTH**2
+)
 
 
-def photo(height: int, width: int) -> Tensor:
+def photo(height: int, width: int, seed: int = 0) -> Tensor:
     """A decoded photo [H, W, 3] uint8: smooth shades and fine noise, so that no level is rare."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     y = torch.linspace(0, 9, height)[:, None, None]
     x = torch.linspace(0, 7, width)[None, :, None]
     channel = torch.arange(3)[None, None, :]
@@ -36,15 +72,35 @@ def photo(height: int, width: int) -> Tensor:
     return (shade + noise).clamp(0, 255).to(torch.uint8)
 
 
-def real_encoder(layers: int = 2, dtype: torch.dtype = torch.float32) -> VisionTransformer:
-    """The encoder at real width, seeded, with adapters that are no no-ops."""
+def random_crops(images: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Normalised crops [images * 5, 3, 448, 448]."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    shape = (images * CROPS, 3, 448, 448)
+    return torch.randn(shape, generator=generator, device=DEVICE).to(dtype)
+
+
+def real_encoder(layers: int = LAYERS, dtype: torch.dtype = torch.float32) -> VisionTransformer:
+    """The encoder at real width, seeded, with adapters that are no no-ops; in eval mode."""
     torch.manual_seed(0)
-    encoder = VisionTransformer(**REAL_CONFIG, layers=layers, interpolation="bicubic")
-    with torch.no_grad():
-        for name, parameter in encoder.named_parameters():
-            if "lora_b" in name:
-                parameter.normal_(std=0.02)
-    return encoder.to(dtype).eval()
+    with torch.device(DEVICE):
+        encoder = VisionTransformer(**REAL_CONFIG, layers=layers, interpolation="bicubic")
+        with torch.no_grad():
+            for name, parameter in encoder.named_parameters():
+                if "lora_b" in name:
+                    parameter.normal_(std=0.02)
+    return encoder.to(DEVICE, dtype).eval()
+
+
+def train_adapters_and_resampler(encoder: VisionTransformer) -> list[nn.Parameter]:
+    """Upstream's fine-tuning recipe, in training mode; returns what trains."""
+    for name, parameter in encoder.train().named_parameters():
+        trained = "lora" in name or name.startswith("attn_pool.")
+        parameter.requires_grad_(trained and not name.endswith("pos_embed"))
+    return [parameter for parameter in encoder.parameters() if parameter.requires_grad]
+
+
+def parameter_bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 def real_blocks(

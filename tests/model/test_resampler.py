@@ -10,11 +10,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from benchmarks.memory import saved_for_backward, total_bytes
 from monkey_model import folded as folded_module
 from monkey_model import resampler as resampler_module
 from monkey_model.resampler import Resampler, get_abs_pos
 from tests.golden import load_golden, relative_l2
-from tests.saved import saved_for_backward, total_bytes
 
 SMALL = {"grid_size": 4, "embed_dim": 256, "num_heads": 2, "kv_dim": 96}
 REAL = {"grid_size": 16, "embed_dim": 4096, "num_heads": 32, "kv_dim": 1664}

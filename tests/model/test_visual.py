@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import baselines
 from monkey_kernels.crops import reference
 from monkey_model.visual import (
     Lora_Adapter,
@@ -70,17 +69,6 @@ def test_golden_batched(golden, encoder, crop_chunk):
         tokens = encoder.encode_images(golden.images, crop_chunk=crop_chunk)
     assert tokens.shape == (2, 1280, 256)
     assert_tokens_match(tokens, golden)
-
-
-def test_golden_baseline(golden, encoder, crops):
-    """What benchmarks/ compares with is upstream's arithmetic."""
-    with torch.no_grad():
-        assert_tokens_match(baselines.upstream_tokens(encoder, crops), golden)
-    pictures = [Image.open(path) for path in golden.images]
-    for mode in ("bilinear", "bicubic"):
-        baseline = torch.cat([baselines.upstream_crops(p, mode) for p in pictures])
-        ours = golden.encoder(interpolation=mode).extract_crops(golden.images)
-        assert (baseline - ours).abs().max() < 0.01
 
 
 def test_golden_state_dict_is_upstreams(golden, encoder):

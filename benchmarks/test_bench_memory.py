@@ -1,0 +1,134 @@
+"""Memory: what autograd keeps for backward, counted exactly, and what a process takes at most."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.baselines import upstream_crop_tokens, upstream_tokens
+from benchmarks.fresh import run_fresh
+from benchmarks.memory import saved_for_backward, total_bytes
+from benchmarks.workloads import (
+    CROPS,
+    DEVICE,
+    DTYPES,
+    LAYERS,
+    random_crops,
+    real_encoder,
+    train_adapters_and_resampler,
+)
+
+PROVIDERS = ["upstream", "ours", "ours, checkpointed"]
+MIB, GIB = 2**20, 2**30
+PUBLISHED_LAYERS = 48
+
+
+def _record(benchmark, count, unit):
+    """Run ``count`` once, as pytest-benchmark's timed call; its result is the row's value."""
+    value = benchmark.pedantic(count, rounds=1)
+    benchmark.extra_info["value"] = {"median": value, "q1": value, "q3": value, "unit": unit}
+
+
+@pytest.fixture(scope="module")
+def encoders():
+    """Encoders in training, by dtype, with 4 layers: enough to see what one more layer saves."""
+    made = {}
+
+    def make(dtype):
+        if dtype not in made:
+            made[dtype] = real_encoder(layers=4, dtype=getattr(torch, dtype))
+            train_adapters_and_resampler(made[dtype])
+        return made[dtype]
+
+    return make
+
+
+def _saved(encoder, provider, crops):
+    """Bytes that a pass saves with 2 and with 4 layers."""
+    if provider == "ours, checkpointed":
+        encoder.gradient_checkpointing_enable()
+    else:
+        encoder.gradient_checkpointing_disable()
+
+    def run():
+        if len(crops) == 1:  # a local crop
+            return upstream_crop_tokens(encoder, crops, 0) if upstream else encoder(crops, 0)
+        if upstream:
+            return upstream_tokens(encoder, crops)
+        return encoder.encode_crops(crops, crop_chunk=CROPS)
+
+    upstream = provider == "upstream"
+    blocks = encoder.transformer.resblocks
+    counts = []
+    for layers in (2, 4):
+        encoder.transformer.resblocks = blocks[:layers]
+        counts.append(total_bytes(saved_for_backward(encoder, run)))
+    return counts
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_saved_by_a_block(benchmark, encoders, dtype, provider):
+    """Per block and local crop: what two more layers add, halved. Exact, and no timing."""
+    encoder = encoders(dtype)
+    crop = random_crops(1, encoder.proj.dtype)[:1]
+
+    def count():
+        two, four = _saved(encoder, provider, crop)
+        return (four - two) / 2 / MIB
+
+    benchmark.group = f"saved for backward, per block and crop: {dtype}"
+    _record(benchmark, count, "MiB")
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_training_memory(benchmark, encoders, provider):
+    """The whole encoder in training on one image, added up: weights, gradients, AdamW's two
+    moments, and what is saved for backward, counted with 2 and 4 layers and continued to 48."""
+    encoder = encoders("bfloat16")
+    crops = random_crops(1, torch.bfloat16)
+
+    def count():
+        two, four = _saved(encoder, provider, crops)
+        saved = two + (PUBLISHED_LAYERS - 2) * (four - two) / 2
+        more = PUBLISHED_LAYERS - len(encoder.transformer.resblocks)
+        block = list(encoder.transformer.resblocks[0].parameters())
+        parameters = [*encoder.parameters(), *more * block]
+        weights = sum(p.nbytes for p in parameters)
+        trained = sum(p.nbytes for p in parameters if p.requires_grad)
+        return (weights + 3 * trained + saved) / GIB
+
+    benchmark.group = f"training, {PUBLISHED_LAYERS} layers, 1 image: bfloat16, counted"
+    _record(benchmark, count, "GiB")
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="on a GPU every timed row has its peak")
+@pytest.mark.parametrize("provider, what", [
+    *((provider, "encode") for provider in PROVIDERS[:2]),
+    *((provider, "train") for provider in PROVIDERS),
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", DTYPES[:1])
+def test_peak(benchmark, dtype, provider, what):
+    """Most memory of a fresh process, weights and libraries included, over one pass."""
+    benchmark.group = f"peak memory, {what}, {LAYERS} layers, 1 image: {dtype}"
+
+    def count():
+        found = run_fresh(what, provider, dtype)
+        benchmark.extra_info["MiB before"] = found["before"] / MIB
+        return found["peak"] / MIB
+
+    _record(benchmark, count, "MiB")
+
+
+@pytest.mark.parametrize("provider", ["upstream", "ours", "ours, compiled"])
+def test_cold_start(benchmark, provider):
+    """A fresh process from import to the first image's tokens, building the weights apart."""
+    dtype = DTYPES[0]
+    benchmark.group = f"cold start, {LAYERS} layers, 1 image: {dtype}"
+
+    def count():
+        found = run_fresh("start", provider, dtype)
+        benchmark.extra_info["seconds"] = found
+        return found["import"] + found["first"]
+
+    _record(benchmark, count, "s")

@@ -1,0 +1,65 @@
+"""What benchmarks/ compares with is upstream's arithmetic: held against the stock code's outputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import baselines
+from tests.golden import assert_crops_match, assert_tokens_match, load_golden
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return load_golden()
+
+
+@pytest.fixture(scope="module")
+def crops(golden):
+    return torch.cat([baselines.upstream_crops(Image.open(path)) for path in golden.images])
+
+
+def test_upstream_crops(golden, crops):
+    assert_crops_match(crops, golden)
+
+
+def test_upstream_tokens(golden, crops):
+    with torch.no_grad():
+        assert_tokens_match(baselines.upstream_tokens(golden.encoder(), crops), golden)
+
+
+def test_library_tokens(golden, crops):
+    encoder = golden.encoder()
+    with torch.no_grad():
+        assert_tokens_match(baselines.library_encoder(encoder, compiled=False)(crops), golden)
+
+
+def test_torch_crops(golden, crops):
+    """The torch form rounds elsewhere: at most a level or two, which the crops of Pillow are not."""
+    pixels = [torch.from_numpy(baselines.np.array(Image.open(p))) for p in golden.images]
+    ours = [baselines.torch_crops(image, "bicubic", torch.float32) for image in pixels]
+    assert (torch.cat(ours) - crops).abs().mean() < 1 / 255 / 0.26
+
+
+def test_missing_providers_say_why():
+    assert baselines.why_missing("ours") is None
+    assert baselines.why_missing("upstream") is None
+
+
+def test_a_provider_that_is_not_installed(monkeypatch):
+    monkeypatch.setitem(baselines._NEEDS, "torchvision", ("no_such_package", False))
+    assert baselines.why_missing("torchvision") == "no_such_package is not installed"
+
+
+def test_a_provider_that_is_broken(monkeypatch, tmp_path):
+    (tmp_path / "broken_package.py").write_text("raise RuntimeError('built for another torch')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(baselines._NEEDS, "DALI", ("broken_package", False))
+    expected = "broken_package cannot be imported: RuntimeError: built for another torch"
+    assert baselines.why_missing("DALI") == expected
+
+
+def test_a_provider_that_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr(baselines, "DEVICE", torch.device("cpu"))
+    assert baselines.why_missing("CV-CUDA") == "cvcuda needs a GPU"
