@@ -170,6 +170,4 @@ def test_attention(benchmark, crops, provider, direction):
     assert_same(backwards[provider](0), backwards["bmm"](0), benchmark.extra_info)
     # The output and its gradient are read, three gradients are written.
     moved = 2 * size + out_grad.nbytes
-    measure(
-        benchmark, backwards, provider, range(INPUTS), flop=5 * product, bytes_moved=moved
-    )
+    measure(benchmark, backwards, provider, range(INPUTS), flop=5 * product, bytes_moved=moved)

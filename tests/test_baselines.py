@@ -1,4 +1,4 @@
-"""What benchmarks/ compares with is upstream's arithmetic: held against the stock code's outputs."""
+"""What benchmarks compare with is upstream's arithmetic, held against the stock outputs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_library_tokens(golden, crops):
 
 
 def test_torch_crops(golden, crops):
-    """The torch form rounds elsewhere: at most a level or two, which the crops of Pillow are not."""
+    """The torch form rounds elsewhere: a level or two at most."""
     pixels = [torch.from_numpy(baselines.np.array(Image.open(p))) for p in golden.images]
     ours = [baselines.torch_crops(image, "bicubic", torch.float32) for image in pixels]
     assert (torch.cat(ours) - crops).abs().mean() < 1 / 255 / 0.26
