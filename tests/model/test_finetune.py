@@ -190,7 +190,9 @@ def test_bfloat16_keeps_what_trains_in_float32(config, tmp_path):
     training = {"max_steps": 4, "save_steps": 4}
     finetune(config(dtype="bfloat16", training=training, merge=True))
     adapter = load_file(tmp_path / "out" / "model" / "adapter_model.safetensors")
-    assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
+    # The frozen position table comes along in the model's dtype.
+    trained = {name: t for name, t in adapter.items() if not name.endswith("pos_embed")}
+    assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
     assert all(math.isfinite(loss) for loss in losses(tmp_path / "out"))
 
 
