@@ -91,7 +91,7 @@ def test_resampler(benchmark, encoder, provider):
 def test_resampler_training(benchmark, encoder, provider):
     """Forward and backward into the resampler's parameters and the tokens."""
     dtype, crops = encoder.proj.dtype, CROPS if DEVICE.type == "cuda" else 1
-    trained = train_adapters_and_resampler(encoder)
+    train_adapters_and_resampler(encoder)
     trained = [p for n, p in encoder.attn_pool.named_parameters() if p.requires_grad]
     inputs = [x.requires_grad_() for x in _tokens(crops, dtype)]
     out_grad = torch.randn(crops, QUERIES, OUT_WIDTH, device=DEVICE, dtype=dtype)

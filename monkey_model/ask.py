@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from peft import PeftConfig
 from torch import Tensor
 
 from monkey_kernels.checks import check_positive_int
-from monkey_model.files import check_directory
+from monkey_model.files import check_directory, json_lines, read_text
 from monkey_model.modeling_monkey import MonkeyLMHeadModel
 from monkey_model.peft_model import MonkeyPeftModel
 from monkey_model.processing_monkey import MonkeyProcessor
@@ -169,7 +169,7 @@ def read_questions(
     questions: list[Question] = []
     problems: list[str] = []
     lines: dict[str | int, int] = {}
-    for number, record in _json_lines(path):
+    for number, record in json_lines(read_text(path)):
         try:
             question = _question(record, number, root)
             if question.id in lines:
@@ -181,19 +181,6 @@ def read_questions(
         lines[question.id] = number
         questions.append(question)
     return questions, problems
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be UTF-8: {error}") from None
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                yield number, error
 
 
 def _question(record: Any, number: int, root: Path) -> Question:

@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from monkey_model import cli_model
 from monkey_model.console import (
-    DType,
+    DeviceOption,
+    DTypeOption,
     default_dtype,
     err_console,
     out_console,
+    progress_bar,
     report,
     say,
     shown,
@@ -193,12 +194,8 @@ def encode(
     grid: Annotated[
         str | None, typer.Option(help="ROWSxCOLUMNS of local crops. Default: the config's, 2x2.")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Such as cpu or cuda:1. Default: cuda if there is one.")
-    ] = None,
-    dtype: Annotated[
-        DType | None, typer.Option(help="Default: float32 on the CPU, else bfloat16.")
-    ] = None,
+    device: DeviceOption = None,
+    dtype: DTypeOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images in one pass.")] = 1,
     preview: Annotated[
         Path | None, typer.Option(help="PNG of the first image's crops and their adapters.")
@@ -257,14 +254,7 @@ def encode(
         "fast_decode": str(fast_decode).lower(),
     }
     failed: list[str] = []
-    progress = Progress(
-        TextColumn("Encoding"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=err_console,
-        disable=len(images) == 1,
-    )
+    progress = progress_bar("Encoding", disable=len(images) == 1)
     with progress, torch.inference_mode():
         task = progress.add_task("Encoding", total=len(images))
         for batch in _batches(list(zip(images, paths, strict=True)), batch_size):

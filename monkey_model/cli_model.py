@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from monkey_model.console import (
-    DType,
+    DeviceOption,
+    DTypeOption,
     default_dtype,
     err_console,
     out_console,
+    progress_bar,
     report,
     say,
     shown,
@@ -116,12 +117,8 @@ def ask(
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Ask in ChatML.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
-    device: Annotated[
-        str | None, typer.Option(help="Such as cpu or cuda:1. Default: cuda if there is one.")
-    ] = None,
-    dtype: Annotated[
-        DType | None, typer.Option(help="Default: float32 on the CPU, else bfloat16.")
-    ] = None,
+    device: DeviceOption = None,
+    dtype: DTypeOption = None,
 ) -> None:
     """Ask a model about a picture, or about many with --batch and --out."""
     single = image is not None and question is not None and batch is None and out is None
@@ -148,14 +145,7 @@ def ask(
         if batch is None or out is None:
             say(out_console, asker.answer([Question(str(question), (image,))])[0])
             return
-        progress = Progress(
-            TextColumn("Asking"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=err_console,
-        )
-        with progress:
+        with progress_bar("Asking") as progress:
             task = progress.add_task("Asking", total=len(questions))
             failed = answer_file(
                 asker,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from monkey_model.fetch import redact
@@ -24,6 +26,14 @@ class DType(str, Enum):
     bfloat16 = "bfloat16"
 
 
+DeviceOption = Annotated[
+    str | None, typer.Option(help="Such as cpu or cuda:1. Default: cuda if there is one.")
+]
+DTypeOption = Annotated[
+    DType | None, typer.Option(help="Default: float32 on the CPU, else bfloat16.")
+]
+
+
 def shown(name: str) -> str:
     """``name`` fit to be printed and stored: no passwords of URLs, no undecodable bytes."""
     return os.fsencode(redact(name)).decode("utf-8", "backslashreplace")
@@ -39,6 +49,18 @@ def report(message: str) -> None:
     """Print ``message`` as an error."""
     err_console.print(Text("Error: ", "bold red"), end="")
     say(err_console, shown(message))
+
+
+def progress_bar(doing: str, *, disable: bool = False) -> Progress:
+    """A bar that says how many are done and how long the others take."""
+    return Progress(
+        TextColumn(doing),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=err_console,
+        disable=disable,
+    )
 
 
 def usable_device(name: str | None) -> torch.device:

@@ -28,6 +28,7 @@ from torch.utils.data import Dataset
 
 from monkey_kernels.checks import check_positive_int
 from monkey_model.fetch import SCHEME, redact
+from monkey_model.files import json_lines, read_text
 
 IGNORED = -100
 ROLES = ("user", "assistant")
@@ -112,10 +113,7 @@ def _has_id(record: Any) -> bool:
 
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
     """Where each record stands, and the record, or why it is no JSON."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be UTF-8: {error}") from None
+    text = read_text(path)
     if text.lstrip().startswith("["):
         try:
             records = json.loads(text)
@@ -123,13 +121,7 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
             raise ValueError(f"{path} must be a JSON array: {error}") from None
         yield from ((f"record {index}", record) for index, record in enumerate(records))
         return
-    # Not splitlines: JSON strings may hold U+2028 and other line ends of Unicode.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                yield f"line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                yield f"line {number}", error
+    yield from ((f"line {number}", record) for number, record in json_lines(text))
 
 
 def _conversation(where: str, record: Any, root: Path) -> Conversation:

@@ -1,13 +1,15 @@
-"""Files and directories that appear whole or not at all."""
+"""Files: read as UTF-8 or JSONL, and written whole or not at all."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def check_directory(name: str, path: str | Path) -> None:
@@ -15,6 +17,30 @@ def check_directory(name: str, path: str | Path) -> None:
     # transformers would look for it on the Hub.
     if not os.path.isdir(path):
         raise FileNotFoundError(f"{name} must be a directory; got {path}")
+
+
+def read_text(path: Path) -> str:
+    """A file of UTF-8, with or without a byte order mark.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be UTF-8: {error}") from None
+
+
+def json_lines(text: str) -> Iterator[tuple[int, Any]]:
+    """Number (from 1) and content, or error, of each line of JSONL that is not blank."""
+    # Not splitlines: JSON strings may hold U+2028 and other line ends of Unicode.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except json.JSONDecodeError as error:
+                yield number, error
 
 
 @contextmanager

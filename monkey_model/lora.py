@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -99,22 +99,32 @@ def _adapter_term(x: Tensor, adapters: nn.ModuleList, selection: int | Tensor) -
     return F.linear(t.flatten(-2), up)
 
 
-def check_mergeable(projection: nn.Module, adapter: Lora_Adapter) -> None:
-    """Raise a TypeError where a layer is not a plain ``nn.Linear`` (quantised, wrapped)."""
-    for module in (projection, adapter.lora_a, adapter.lora_b):
-        if type(module) is not nn.Linear:
-            raise TypeError(
-                f"only plain nn.Linear layers can be merged; got {type(module).__name__}"
-            )
+def merge_adapters(pairs: Sequence[tuple[nn.Module, Lora_Adapter]]) -> None:
+    """Add ``lora_scale * lora_b lora_a`` to each projection's weight, in place, in float64.
 
-
-def merge_adapter(projection: nn.Module, adapter: Lora_Adapter) -> None:
-    """Add ``lora_scale * lora_b lora_a`` to the projection's weight, in place, in float64."""
-    check_mergeable(projection, adapter)
-    weight = cast(nn.Linear, projection).weight
+    Raises:
+        TypeError: a layer is not a plain ``nn.Linear`` (quantised, wrapped). Nothing has changed.
+    """
+    for projection, adapter in pairs:
+        for module in (projection, adapter.lora_a, adapter.lora_b):
+            if type(module) is not nn.Linear:
+                raise TypeError(
+                    f"only plain nn.Linear layers can be merged; got {type(module).__name__}"
+                )
     with torch.no_grad():
-        product = adapter.lora_b.weight.double() @ adapter.lora_a.weight.double()
-        weight.copy_(weight.double() + adapter.lora_scale.double() * product)
+        for projection, adapter in pairs:
+            weight = cast(nn.Linear, projection).weight
+            product = adapter.lora_b.weight.double() @ adapter.lora_a.weight.double()
+            weight.copy_(weight.double() + adapter.lora_scale.double() * product)
+
+
+def check_not_reentrant(settings: Mapping[str, Any]) -> None:
+    """``settings``, for ``torch.utils.checkpoint.checkpoint``, leave adapters their gradient."""
+    if settings.get("use_reentrant"):
+        raise ValueError(
+            "gradient_checkpointing_kwargs must not set use_reentrant=True: adapters behind a "
+            "frozen input would get no gradient"
+        )
 
 
 def check_adapter_index(name: str, index: Any, adapters: int) -> list[int | None]:

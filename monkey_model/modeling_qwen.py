@@ -28,6 +28,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from monkey_model.configuration_qwen import QWenConfig
+from monkey_model.lora import check_not_reentrant
 
 # Prompts are stretched up to 2**_NTK_LEVELS times seq_length.
 _NTK_LEVELS = 16
@@ -221,11 +222,7 @@ class QWenPreTrainedModel(PreTrainedModel):
         gradient_checkpointing_func: Callable[..., Any] = checkpoint,
         every_n_layers: int = 1,
     ) -> None:
-        if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
-            raise ValueError(
-                "gradient_checkpointing_kwargs must not set use_reentrant=True: adapters behind a "
-                "frozen input would get no gradient"
-            )
+        check_not_reentrant(getattr(gradient_checkpointing_func, "keywords", {}))
         func = partial(gradient_checkpointing_func, use_reentrant=False)
         super()._set_gradient_checkpointing(enable, func, every_n_layers)
 

@@ -17,6 +17,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from monkey_model.files import atomic
 from monkey_model.freeze import upstream_name
 
 #: Beside peft's ``adapter_model.safetensors``, where there is anything to put into it.
@@ -67,9 +68,8 @@ class MonkeyPeftModel(PeftModel):
         for adapter in self.peft_config if selected_adapters is None else selected_adapters:
             directory = Path(save_directory, adapter if adapter != "default" else "")
             if base:
-                unfinished = directory / f"{BASE_WEIGHTS}.tmp"
-                save_file(base, unfinished, metadata={"format": "pt"})
-                os.replace(unfinished, directory / BASE_WEIGHTS)
+                with atomic(directory / BASE_WEIGHTS) as file:
+                    save_file(base, file, metadata={"format": "pt"})
             else:
                 (directory / BASE_WEIGHTS).unlink(missing_ok=True)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import base64
 import os
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, normalizers
@@ -29,6 +30,7 @@ from monkey_kernels.checks import check_positive_int
 from monkey_model import prompts
 from monkey_model.configuration_monkey import MonkeyConfig
 from monkey_model.configuration_qwen import QWenConfig
+from monkey_model.files import atomic
 from monkey_model.prompts import (
     CHAT_TEMPLATE,
     ENDOFTEXT,
@@ -383,11 +385,10 @@ class QWenTokenizer(TokenizersBackend):
         path = os.path.join(save_directory, prefix + self.vocab_files_names["vocab_file"])
         byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
         vocabulary = self.backend_tokenizer.get_vocab(with_added_tokens=False)
-        with open(f"{path}.tmp", "w", encoding="ascii") as file:
+        with atomic(Path(path)) as name, open(name, "w", encoding="ascii") as file:
             for token, id_ in sorted(vocabulary.items(), key=lambda item: item[1]):
                 data = base64.b64encode(bytes(byte_of[character] for character in token))
                 file.write(f"{data.decode()} {id_}\n")
-        os.replace(f"{path}.tmp", path)
         return (path,)
 
     def _save_pretrained(

@@ -34,8 +34,8 @@ from monkey_model.lora import (
     AdapterSelection,
     Lora_Adapter,
     check_adapter_index,
-    check_mergeable,
-    merge_adapter,
+    check_not_reentrant,
+    merge_adapters,
     select_adapters,
 )
 from monkey_model.positions import get_2d_sincos_pos_embed, get_abs_pos, resized_positions
@@ -212,11 +212,7 @@ class VisionTransformer(nn.Module):
                 a gradient.
         """
         settings = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        if settings["use_reentrant"]:
-            raise ValueError(
-                "gradient_checkpointing_kwargs must not set use_reentrant=True: adapters behind a "
-                "frozen input would get no gradient"
-            )
+        check_not_reentrant(settings)
         self.transformer._gradient_checkpointing_func = partial(checkpoint, **settings)
         self.transformer.gradient_checkpointing = True
 
@@ -264,10 +260,7 @@ class VisionTransformer(nn.Module):
                 (block.attn.out_proj, block.attn.out_proj_lora),
             )
         ]
-        for projection, adapter in pairs:
-            check_mergeable(projection, adapter)  # all of them before any is changed
-        for projection, adapter in pairs:
-            merge_adapter(projection, adapter)
+        merge_adapters(pairs)
         for block in blocks:
             block.attn.in_proj_lora, block.attn.out_proj_lora = nn.ModuleList(), nn.ModuleList()
             block.mlp_lora = nn.ModuleList([block.mlp_lora[number]])

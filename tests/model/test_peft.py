@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -263,7 +264,7 @@ def test_failed_write_leaves_the_last_one(tmp_path, monkeypatch):
     before = (tmp_path / BASE_WEIGHTS).read_bytes()
 
     def fail(tensors, path, metadata):
-        path.write_bytes(b"half")
+        Path(path).write_bytes(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr("monkey_model.peft_model.save_file", fail)

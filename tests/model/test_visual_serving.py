@@ -7,7 +7,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from monkey_model.cuda_graph import GraphedEncoder
-from monkey_model.visual import VisionTransformer
 from tests.golden import assert_tokens_match, load_golden, relative_l2
 from tests.model.small import small_encoder
 from tests.numerics import check_error
@@ -209,10 +208,7 @@ def resized_tables(monkeypatch) -> list[int]:
 def test_position_tables_are_resized_once(monkeypatch):
     """While frozen, in training too; again after a change; every time while it trains."""
     calls = resized_tables(monkeypatch)
-    encoder = VisionTransformer(
-        image_size=112, patch_size=14, width=16, layers=1, heads=2, mlp_ratio=2.0, n_queries=4,
-        output_dim=128, crop_size=56,
-    ).requires_grad_(False)  # fmt: skip
+    encoder = small_encoder(image_size=112, crop_size=56, layers=1).requires_grad_(False)
     crops = torch.randn(5, 3, 56, 56)
     for training in (True, False):
         encoder.train(training)
