@@ -36,6 +36,10 @@ CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else 
 # Prompts are stretched up to 2**_NTK_LEVELS times seq_length.
 _NTK_LEVELS = 16
 
+# Positions whose logits are in memory at a time, where backward computes them again: 256 of 151936
+# float32 values are 148 MiB.
+_LOSS_CHUNK = 256
+
 
 def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
     """The cache under either of its names.
@@ -385,6 +389,10 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
             logits_to_keep: the last so many positions, or the positions in a tensor; 0 for all.
             kwargs: and the other arguments: see :meth:`QWenModel.forward`. ``num_items_in_batch``
                 is the divisor of the loss.
+
+        With gradient checkpointing a training step keeps no logits: it returns the loss alone, and
+        backward computes them again, 256 positions at a time. For 2048 tokens of QWen's vocabulary
+        that is 3 GiB less.
         """
         outputs = self.transformer(
             input_ids=input_ids,
@@ -397,13 +405,17 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden_states[:, keep])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
-            )
+        loss, logits = None, None
+        if labels is not None and self.training and self.transformer.gradient_checkpointing:
+            loss = self._loss_alone(hidden_states, labels, **kwargs)
+        else:
+            last = isinstance(logits_to_keep, int)
+            keep = slice(-logits_to_keep, None) if last else logits_to_keep
+            logits = self.lm_head(hidden_states[:, keep])
+            if labels is not None:
+                loss = self.loss_function(
+                    logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+                )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -411,6 +423,34 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _loss_alone(
+        self,
+        hidden_states: Tensor,
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The loss of hidden states [B, T, hidden_size], of which backward keeps these alone."""
+        shifted = F.pad(labels, (0, 1), value=-100)[:, 1:].flatten()
+        if num_items_in_batch is None:
+            num_items_in_batch = (shifted != -100).sum()
+
+        def chunk_loss(hidden: Tensor, targets: Tensor) -> Tensor:
+            return self.loss_function(
+                logits=self.lm_head(hidden),
+                labels=None,
+                shift_labels=targets,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+                **kwargs,
+            )
+
+        chunks = zip(
+            hidden_states.flatten(0, 1).split(_LOSS_CHUNK), shifted.split(_LOSS_CHUNK), strict=True
+        )
+        losses = [checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]
+        return torch.stack(losses).sum()
 
 
 AutoModel.register(QWenConfig, QWenModel)
