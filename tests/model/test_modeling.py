@@ -72,7 +72,7 @@ def test_half_precision_checkpoints_answer_and_train(tmp_path, dtype):
 
 @pytest.mark.parametrize("items", [None, 50])
 def test_checkpointing_keeps_no_logits(monkeypatch, items):
-    """The same loss (float32) and gradients, with nothing as large as a row of logits saved for backward."""
+    """The same loss (float32) and gradients, and nothing as wide as logits saved for backward."""
     monkeypatch.setattr(modeling_qwen, "_LOSS_CHUNK", 7)
     model = tiny_model(attn_dropout_prob=0.0, emb_dropout_prob=0.0).double().train()
     model.transformer.visual.eval()  # without the adapters' dropout
