@@ -73,10 +73,11 @@ def with_adapters(
     if selection is None or len(adapters) == 0:
         return base(x)
     bank = [cast(Lora_Adapter, adapter) for adapter in adapters]
-    plain = all(type(m) is nn.Linear for a in bank for m in (a.lora_a, a.lora_b))
+    layers = [layer for adapter in bank for layer in (adapter.lora_a, adapter.lora_b)]
+    plain = all(type(layer) is nn.Linear and not layer.weight.is_meta for layer in layers)
     if not plain or (isinstance(selection, int) and torch.is_grad_enabled()):
-        # As modules: quantised or wrapped adapters have no plain weight, and the gradient of
-        # lora_scale is more exact in half precision.
+        # As modules: quantised or wrapped adapters have no plain weight, offloaded ones only while
+        # they are called; and the gradient of lora_scale is more exact in half precision.
         term = _modules_term(x, bank, selection)
         return base(x) + term
     t, up = _low_rank(x, bank, selection)
@@ -130,7 +131,8 @@ def merge_adapters(pairs: Sequence[tuple[nn.Module, Lora_Adapter]]) -> None:
     """Add ``lora_scale * lora_b lora_a`` to each projection's weight, in place, in float64.
 
     Raises:
-        TypeError: a layer is not a plain ``nn.Linear`` (quantised, wrapped). Nothing has changed.
+        TypeError: a layer is not a plain ``nn.Linear`` (quantised, wrapped).
+        ValueError: a layer's weight is not in memory (offloaded). In both cases nothing has changed.
     """
     for projection, adapter in pairs:
         for module in (projection, adapter.lora_a, adapter.lora_b):
@@ -138,6 +140,8 @@ def merge_adapters(pairs: Sequence[tuple[nn.Module, Lora_Adapter]]) -> None:
                 raise TypeError(
                     f"only plain nn.Linear layers can be merged; got {type(module).__name__}"
                 )
+            if module.weight.is_meta:
+                raise ValueError("only layers in memory can be merged; got one that is offloaded")
     with torch.no_grad():
         for projection, adapter in pairs:
             weight = cast(nn.Linear, projection).weight

@@ -235,6 +235,11 @@ class QWenPreTrainedModel(PreTrainedModel):
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
             init.normal_(module.c_proj.weight, std=std)
 
+    def _initialize_weights(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        # Without the flag that this is a user's class: for those transformers skips modules that
+        # have no tensor left to set of their own, as the owners of c_proj, which never have any.
+        super()._initialize_weights(module)
+
     def _set_gradient_checkpointing(
         self,
         enable: bool = True,
@@ -365,6 +370,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.transformer = self.transformer_class(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss_type = "ForCausalLM"  # transformers guesses it from the class's name
         self.post_init()
 
     @can_return_tuple

@@ -153,14 +153,22 @@ class Resampler(nn.Module):
             keys, tokens = keys.transpose(0, 1), tokens.transpose(0, 1)
             out, _ = self.attn(repeated, keys, tokens, attn_mask=attn_mask, need_weights=False)
             return out.transpose(0, 1)
-        weights = self.attn.in_proj_weight.chunk(3)
-        biases = self.attn.in_proj_bias.chunk(3)
-        q, k, v = map(F.linear, (query, keys, tokens), weights, biases)
+        weight, bias = self._in_proj()
+        q, k, v = map(F.linear, (query, keys, tokens), weight.chunk(3), bias.chunk(3))
         if attn_mask is None:
             out = resampler_attention(q, k, v, num_heads=self.num_heads)
         else:
             out = self._masked_attention(q, k, v, attn_mask)
         return self.attn.out_proj(out)
+
+    def _in_proj(self) -> tuple[Tensor, Tensor]:
+        """The packed projection's weight and bias, also where accelerate offloads them."""
+        if self.attn.in_proj_weight.is_meta:
+            from accelerate.utils import align_module_device
+
+            with align_module_device(self.attn):  # what its call, which never comes, would do
+                return self.attn.in_proj_weight, self.attn.in_proj_bias
+        return self.attn.in_proj_weight, self.attn.in_proj_bias
 
     def _masked_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         mask = ~mask if mask.dtype == torch.bool else mask.to(q.dtype)

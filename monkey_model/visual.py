@@ -325,11 +325,12 @@ class VisionTransformer(nn.Module):
                     f"idx must be {self.merged_adapter}, the adapter that is merged; got {idx}"
                 )
             return 0  # the banks that are left hold one
-        device = self.transformer.get_cast_device()
-        return select_adapters(index, self.lora_repeat_num, device, one_hot=self._blocks_compiled)
+        return select_adapters(
+            index, self.lora_repeat_num, self._device(), one_hot=self._blocks_compiled
+        )
 
     def _tokens(self, x: Tensor, selection: AdapterSelection) -> Tensor:
-        x = x.to(self.transformer.get_cast_device(), self.transformer.get_cast_dtype())
+        x = x.to(self._device(), self.transformer.get_cast_dtype())
         x = self._embed_patches(x)
         x = self.ln_pre(
             x + resized_positions(self._positions, self.positional_embedding, x.shape[1])
@@ -337,9 +338,18 @@ class VisionTransformer(nn.Module):
         x = self.transformer(x.transpose(0, 1), idx=selection).transpose(0, 1)
         return self.ln_post(self.attn_pool(x)) @ self.proj
 
+    def _device(self) -> torch.device:
+        """Where the encoder computes.
+
+        Weights that accelerate offloads are on the meta device between calls; its hook knows more.
+        """
+        device, hook = self.proj.device, getattr(self, "_hf_hook", None)
+        return torch.device(hook.execution_device) if device.type == "meta" and hook else device
+
     def _embed_patches(self, x: Tensor) -> Tensor:
         """Crops [N, 3, H, W] to embedded patches [N, patches, width], row by row."""
-        if type(self.conv1) is not nn.Conv2d:  # wrapped: it has to run as it is
+        # Wrapped, or offloaded and brought by its call alone: it has to run as it is.
+        if type(self.conv1) is not nn.Conv2d or self.conv1.weight.is_meta:
             return self.conv1(x).flatten(2).transpose(1, 2)
         # Patches do not overlap, so the convolution is one plain product, 2.6x (float32) to 8x
         # (bfloat16) as fast on a CPU as the convolution.
@@ -364,7 +374,7 @@ class VisionTransformer(nn.Module):
         """
         return load_crops(
             images,
-            device=self.transformer.get_cast_device() if device is None else device,
+            device=self._device() if device is None else device,
             allow_urls=allow_urls,
             fast_decode=self.canvas_size if fast_decode else None,
             grid=self.grid,
@@ -454,7 +464,7 @@ class VisionTransformer(nn.Module):
             )
         index = index * (len(crops) // self.crops_per_image)
         if crop_chunk is None:
-            crop_chunk = 1 if self.transformer.get_cast_device().type == "cpu" else len(crops)
+            crop_chunk = 1 if self._device().type == "cpu" else len(crops)
         check_positive_int("crop_chunk", crop_chunk)
         starts = range(0, len(crops), crop_chunk)
         tokens = [self(crops[i : i + crop_chunk], index[i : i + crop_chunk]) for i in starts]
