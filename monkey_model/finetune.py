@@ -123,7 +123,6 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> FreezeReport:
     processor = MonkeyProcessor.from_pretrained(config.checkpoint)
     train_data = _dataset(config, config.data, processor.tokenizer)
     eval_data = config.eval_data and _dataset(config, config.eval_data, processor.tokenizer)
-    set_seed(arguments.seed)  # LoRA starts at random
     model, report = build_model(config, arguments)
     if arguments.should_log:
         print(report)
@@ -176,6 +175,7 @@ def build_model(
         settings["device_map"] = {"": arguments.device}
     model: nn.Module = MonkeyLMHeadModel.from_pretrained(config.checkpoint, **settings)
     if config.mode == "lora":
+        set_seed(arguments.seed)  # not before: loading draws numbers too, under ZeRO-3 others
         try:
             model = MonkeyPeftModel(model, lora_config(model, **config.lora))
         except TypeError as error:  # peft's own names the key
