@@ -9,6 +9,7 @@ the same directory, under upstream's names.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,13 @@ class MonkeyPeftModel(PeftModel):
         state_dict: dict[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        """As peft's, and the base weights that train, or came with the adapter, beside it."""
+        """As peft's, and the base weights that train, or came with the adapter, beside it.
+
+        Raises:
+            ValueError: ``state_dict`` lacks a parameter of the adapter that DeepSpeed has sharded.
+        """
+        if state_dict is not None:
+            state_dict = {**self._missing(state_dict), **state_dict}
         super().save_pretrained(
             os.fspath(save_directory),
             selected_adapters=selected_adapters,
@@ -93,6 +100,26 @@ class MonkeyPeftModel(PeftModel):
                 parameters[name].copy_(value)
         self._loaded_base |= set(base)
         return result
+
+    def _missing(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parameters that belong to the adapter and not to ``state_dict``.
+
+        The Trainer's is without the frozen ones under ZeRO-3.
+        """
+        missing = {}
+        for name, parameter in self.named_parameters():
+            short = upstream_name(name)
+            belongs = short in self._loaded_base if short else ".original_module." not in name
+            if not belongs or name in state_dict:
+                continue
+            if parameter.numel() == 0:
+                size = getattr(parameter, "ds_numel", 0)
+                raise ValueError(
+                    f"state_dict must hold {name}, which DeepSpeed has sharded: only a "
+                    f"stage3_param_persistence_threshold of at least {size} keeps it whole"
+                )
+            missing[name] = parameter.detach()
+        return missing
 
     def _base_parameters(self) -> list[tuple[str, str, nn.Parameter]]:
         """The model's name, upstream's name and the parameter, for every base weight."""
