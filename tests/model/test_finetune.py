@@ -223,23 +223,19 @@ def test_bad_data_is_found_before_anything_trains(config, tmp_path):
     assert not checkpoints(tmp_path / "out")
 
 
-def test_an_image_that_breaks_in_mid_run_leaves_the_last_checkpoint(config, tmp_path):
+def test_an_image_that_breaks_in_mid_run_leaves_the_last_checkpoint(config, tmp_path, monkeypatch):
     data = write_data(tmp_path / "data")
-    settings = {"data": str(data), "training": {"save_steps": 1, "per_device_train_batch_size": 1}}
+    on_save = module.CompleteCheckpoints.on_save
 
-    class Break(module.TrainerCallback):
-        def on_save(self, args, state, control, **kwargs):
-            for picture in data.parent.glob("*.png"):
-                picture.write_bytes(picture.read_bytes()[:60])
+    def break_pictures(self, *args, **kwargs):
+        on_save(self, *args, **kwargs)
+        for picture in data.parent.glob("*.png"):
+            picture.write_bytes(picture.read_bytes()[:60])
 
-    original = module.CompleteCheckpoints.on_save
-    module.CompleteCheckpoints.on_save = lambda self, *args, **kwargs: (
-        original(self, *args, **kwargs), Break().on_save(*args, **kwargs))[0]  # fmt: skip
-    try:
-        with pytest.raises(ValueError, match=r"record \d+ \(id 'r\d+'\): .*\.png"):
-            finetune(config(**settings))
-    finally:
-        module.CompleteCheckpoints.on_save = original
+    monkeypatch.setattr(module.CompleteCheckpoints, "on_save", break_pictures)
+    training = {"save_steps": 1, "per_device_train_batch_size": 1}
+    with pytest.raises(ValueError, match=r"record \d+ \(id 'r\d+'\): .*\.png"):
+        finetune(config(data=str(data), training=training))
     assert last_complete_checkpoint(tmp_path / "out").name == "checkpoint-1"
 
 
