@@ -28,6 +28,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer_utils import rotate_checkpoints
 
 from monkey_model.conversations import ConversationCollator, ConversationDataset, read_conversations
@@ -148,6 +149,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> FreezeReport:
     if arguments.should_save:
         draw_loss_curve(trainer.state.log_history, output / "loss.png")
         if config.merge:
+            unset_hf_deepspeed_config()  # or ZeRO-3 would shard what this process loads alone
             merge(config.checkpoint, output / "model", output / "merged")
     return report
 
@@ -177,7 +179,9 @@ def build_model(
     if config.mode == "lora":
         set_seed(arguments.seed)  # not before: loading draws numbers too, under ZeRO-3 others
         try:
-            model = MonkeyPeftModel(model, lora_config(model, **config.lora))
+            lora = lora_config(model, **config.lora)
+            # One dtype for all that trains, as ZeRO-3 demands: peft would make LoRA alone float32.
+            model = MonkeyPeftModel(model, lora, autocast_adapter_dtype=False)
         except TypeError as error:  # peft's own names the key
             raise ValueError(f"lora is refused: {error}") from None
     try:
