@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from monkey_model import finetune as module
 from monkey_model.cli import app
+from monkey_model.configuration_monkey import MonkeyConfig
 from monkey_model.finetune import (
     COMPLETE,
     checkpoints,
@@ -30,6 +31,7 @@ from monkey_model.finetune_config import (
 from monkey_model.freeze import upstream_name
 from monkey_model.modeling_monkey import MonkeyLMHeadModel
 from monkey_model.peft_model import MonkeyPeftModel
+from monkey_model.visual import VisionTransformer
 from tests.tiny_checkpoint import write_checkpoint, write_data
 
 TRAINING = {
@@ -311,6 +313,13 @@ def test_bad_config_files(tmp_path):
         training_arguments(FinetuneConfig("c", "d", str(tmp_path), launch=str(path)))
     for name in ("ddp", "fsdp2", "zero2", "zero3"):
         assert launch_arguments(name)
+
+
+def test_zero3_keeps_the_position_table_of_the_published_size_whole():
+    settings = launch_arguments("zero3")["deepspeed"]["zero_optimization"]
+    with torch.device("meta"):
+        table = VisionTransformer(**{**MonkeyConfig().visual, "layers": 1}).attn_pool.pos_embed
+    assert settings["stage3_param_persistence_threshold"] >= table.numel() == 256 * 4096
 
 
 def test_command(start, tmp_path, monkeypatch):
