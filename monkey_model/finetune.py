@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import nn
@@ -188,12 +189,30 @@ def build_model(
         report = freeze(model, **{**_MODE_FLAGS[config.mode], **config.freeze})
     except TypeError as error:
         raise ValueError(f"freeze is refused: {error}") from None
-    if not arguments.deepspeed:  # it keeps a float32 copy of its own
+    if arguments.deepspeed:  # it keeps a float32 copy of its own
+        _check_sharding(model, arguments.hf_deepspeed_config)
+    else:
         for parameter in model.parameters():
             # A step of 1e-5 is lost in the rounding of a 16-bit weight.
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     return model, report
+
+
+def _check_sharding(model: nn.Module, settings: HfDeepSpeedConfig) -> None:
+    # Saving would fail, after as many steps as there are between two checkpoints.
+    if not (isinstance(model, MonkeyPeftModel) and settings.is_zero3()):
+        return
+    key = "stage3_param_persistence_threshold"
+    threshold = settings.get_value(f"zero_optimization.{key}", 100_000)
+    frozen = {n: p for n, p in model.saved_parameters().items() if not p.requires_grad}
+    for name, parameter in frozen.items():
+        size = getattr(parameter, "ds_numel", parameter.numel())
+        if threshold == "auto" or threshold < size:
+            raise ValueError(
+                f"deepspeed's {key} must be at least {size}, so that {name}, which is frozen, can "
+                f"be saved with the adapter; got {threshold!r}"
+            )
 
 
 def merge(checkpoint: str | Path, adapter: str | Path, output_dir: str | Path) -> None:

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -320,6 +321,24 @@ def test_zero3_keeps_the_position_table_of_the_published_size_whole():
     with torch.device("meta"):
         table = VisionTransformer(**{**MonkeyConfig().visual, "layers": 1}).attn_pool.pos_embed
     assert settings["stage3_param_persistence_threshold"] >= table.numel() == 256 * 4096
+
+
+def test_zero3_that_could_not_save_is_refused_at_the_start(config):
+    model, _ = module.build_model(config(), training_arguments(config()))
+
+    def check(**zero):
+        module._check_sharding(model, HfDeepSpeedConfig({"zero_optimization": zero}))
+
+    for threshold in (511, "auto"):
+        message = (
+            r"stage3_param_persistence_threshold must be at least 512, so that \S*pos_embed, which "
+            f"is frozen, can be saved with the adapter; got {threshold!r}"
+        )
+        with pytest.raises(ValueError, match=message):
+            check(stage=3, stage3_param_persistence_threshold=threshold)
+        check(stage=2, stage3_param_persistence_threshold=threshold)
+    check(stage=3, stage3_param_persistence_threshold=512)
+    check(stage=3)  # DeepSpeed's own is 100,000
 
 
 def test_command(start, tmp_path, monkeypatch):
