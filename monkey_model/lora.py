@@ -132,7 +132,9 @@ def merge_adapters(pairs: Sequence[tuple[nn.Module, Lora_Adapter]]) -> None:
 
     Raises:
         TypeError: a layer is not a plain ``nn.Linear`` (quantised, wrapped).
-        ValueError: a layer's weight is not in memory (offloaded). In both cases nothing has changed.
+        ValueError: a layer's weight is not in memory (offloaded).
+
+    After either nothing has changed.
     """
     for projection, adapter in pairs:
         for module in (projection, adapter.lora_a, adapter.lora_b):

@@ -335,8 +335,8 @@ def language(place: str) -> dict[str, str]:
 
 
 VISUAL = "transformer.visual"
-PARTS = [f"{VISUAL}.{part}" for part in
-         ("positional_embedding", "proj", "conv1", "ln_pre", "transformer", "attn_pool", "ln_post")]  # fmt: skip
+_NAMES = "positional_embedding proj conv1 ln_pre transformer attn_pool ln_post"
+PARTS = [f"{VISUAL}.{part}" for part in _NAMES.split()]
 
 
 def assert_same_outputs(ours: MonkeyLMHeadModel, theirs: MonkeyLMHeadModel) -> None:
@@ -360,7 +360,7 @@ def assert_same_outputs(ours: MonkeyLMHeadModel, theirs: MonkeyLMHeadModel) -> N
         {**language("disk"), VISUAL: "cpu"},
         *({**language("cpu"), **dict.fromkeys(PARTS, "cpu"), part: "disk"} for part in PARTS[2:]),
     ],
-    ids=lambda places: str(places if places == "auto" else [k for k in places if places[k] == "disk"]),
+    ids=lambda map_: map_ if map_ == "auto" else str([k for k in map_ if map_[k] == "disk"]),
 )
 def test_device_map(model, shards, tmp_path, device_map):
     """Whatever is on the disk, between calls: the outputs are those of the model in memory."""
