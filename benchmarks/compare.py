@@ -63,7 +63,9 @@ def changes(old: Run, new: Run) -> list[Change]:
             continue
         was = before[row.name]
         if was.unit != row.unit:
-            raise ValueError(f"{row.name} is in {was.unit} in {old.path}, in {row.unit} here")
+            raise ValueError(
+                f"{row.name} is in {was.unit} in {old.path}, in {row.unit} in {new.path}"
+            )
         if was.speed and row.speed and was.against == row.against:
             # Speed is less time.
             ratio, spreads = was.speed.median / row.speed.median, [was.speed, row.speed]

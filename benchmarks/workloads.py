@@ -21,7 +21,7 @@ if SCALE not in ("real", "tiny"):
 #: (height, width) of a decoded photo.
 PHOTO_SIZES = {"640x480": (480, 640), "1600x1200": (1200, 1600), "4000x3000": (3000, 4000)}
 #: Photos of many sizes in one call.
-RAGGED_SIZES = [(600 + 37 * i % 1900, 700 + 53 * i % 2300) for i in range(64)]
+RAGGED_SIZES = [(480 + 37 * i % 1000, 640 + 53 * i % 1400) for i in range(64)]
 #: Different inputs that a GPU's rounds take in turn.
 INPUTS = 3 if DEVICE.type == "cuda" else 1
 
