@@ -53,16 +53,19 @@ def _memory(run: Run) -> Lines:
 
 
 def _roofline(run: Run) -> Lines:
-    """TFLOP/s by operations per byte: ours, and what the machine allows there."""
-    lines: Lines = {}
-    ceiling: dict[str, float] = {}
+    """TFLOP/s by operations per byte: of ours, and what the machine allows there."""
+    if run.ceilings is None:
+        return {}
+    gemm, copy = run.ceilings["GEMM TFLOP/s"], run.ceilings["copy GB/s"] / 1e3
+    lines: Lines = {"ceiling": {}}
+    intensities = [gemm / copy]  # the knee
     for row in run.rows:
-        if run.ceilings and row.provider == "ours" and row.info.get("flop"):
+        if row.provider == "ours" and row.info.get("flop"):
             intensity = row.info["flop"] / row.info["bytes"]
             lines[row.group] = {f"{intensity:.1f}": row.info["TFLOP/s"]}
-            from_memory = intensity * run.ceilings["copy GB/s"] / 1e3
-            ceiling[f"{intensity:.1f}"] = min(from_memory, run.ceilings["GEMM TFLOP/s"])
-    return {"ceiling": ceiling, **lines} if lines else {}
+            intensities.append(intensity)
+    lines["ceiling"] = {f"{i:.1f}": min(i * copy, gemm) for i in sorted(intensities)}
+    return lines
 
 
 def path_of(kind: str, run: Run) -> Path:
@@ -124,10 +127,11 @@ def _draw_memory(axes: Any, lines: Lines) -> None:
 def _draw_roofline(axes: Any, lines: Lines) -> None:
     markers = "osv^D<>pP*XhH8d"
     for i, (name, points) in enumerate(lines.items()):
-        xs = sorted(points, key=float)
         style = "k-" if name == "ceiling" else markers[i % len(markers)]
-        axes.plot([float(x) for x in xs], [points[x] for x in xs], style, label=name)
+        axes.plot([float(x) for x in points], list(points.values()), style, label=name)
     axes.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="TFLOP/s")
+    _plain_numbers(axes.xaxis)
+    _plain_numbers(axes.yaxis)
 
 
 def _plain_numbers(axis: Any) -> None:

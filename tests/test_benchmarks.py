@@ -390,7 +390,7 @@ def test_what_is_drawn(run_of):
         "ours": {"float32": 40.0},
     }
     assert plots.series("roofline", run) == {
-        "ceiling": {"5200.0": 800.0},
+        "ceiling": {"266.7": 800.0, "5200.0": 800.0},
         "encoder, 48 layers, 1 image(s): bfloat16": {"5200.0": pytest.approx(20.8 / 0.03)},
     }
 
