@@ -27,11 +27,11 @@ from monkey_kernels import resampler_attention
 
 PROVIDERS = [
     "upstream",
-    pytest.param("upstream, compiled", marks=compiled_on_gpu),
     "library",
-    pytest.param("library, compiled", marks=compiled_on_gpu),
     "ours, not folded",
     "ours",
+    pytest.param("upstream, compiled", marks=compiled_on_gpu),
+    pytest.param("library, compiled", marks=compiled_on_gpu),
 ]
 HEADS = OUT_WIDTH // 128
 

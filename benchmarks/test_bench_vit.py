@@ -23,8 +23,8 @@ from benchmarks.workloads import (
 )
 from monkey_model.lora import select_adapters
 
-PROVIDERS = ["upstream", "upstream, compiled", "library", "library, compiled", "ours"]
-PROVIDERS += ["ours, compiled"]
+PROVIDERS = ["upstream", "library", "ours"]
+PROVIDERS += [f"{provider}, compiled" for provider in PROVIDERS]
 
 
 @pytest.fixture(scope="module", params=DTYPES)

@@ -735,7 +735,8 @@ def test_one_command_for_a_gpu(gpu_sh, tmp_path):
     assert "-m pytest -q -p no:cacheprovider -m gpu" in (out / "tests.log").read_text()
     assert "-m benchmarks.tune --once" in (out / "sanitizer.log").read_text()
     asked = (out / "benchmarks.log").read_text()
-    assert f"--benchmark-only --benchmark-json={out}/benchmarks.json seconds=190" in asked
+    seconds = re.search(f"--benchmark-json={out}/benchmarks.json seconds=(\\d+)", asked)
+    assert 400 < int(seconds[1]) < 500  # what is left of nine minutes
     assert json.loads((out / "config.json").read_text()) == {"cut": {"block": 128}}
 
 
@@ -753,9 +754,3 @@ def test_a_stage_that_fails_stops_no_other(gpu_sh, tmp_path):
 def test_gpu_sh_wants_a_folder(gpu_sh):
     done = gpu_sh()
     assert (done.returncode, done.stderr) == (2, "usage: benchmarks/gpu.sh OUT_DIR\n")
-
-
-def test_the_stages_take_less_than_nine_minutes():
-    text = (ROOT / "benchmarks" / "gpu.sh").read_text()
-    limits = [int(seconds) for seconds in re.findall(r"_LIMIT:-(\d+)", text)]
-    assert len(limits) == 4 and sum(limits) + 5 * 4 <= 9 * 60
