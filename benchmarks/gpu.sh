@@ -50,7 +50,8 @@ print(config_path(torch.device("cuda")))' 2>/dev/null) || config=$out/config.jso
 stage tune "${TUNE_LIMIT:-100}" "$python" -m benchmarks.tune --seconds "${TUNE_SECONDS:-75}" \
     --out "$config"
 [ ! -s "$config" ] || [ "$config" = "$out/config.json" ] || cp "$config" "$out/"
-# The benchmarks have what is left. The last one starts 45 seconds before that is over; what needs the GPU most comes first.
+# The benchmarks have what is left, none starts in the last 45 seconds of it, and what needs a GPU
+# most comes first.
 limit=$((530 - SECONDS))
 MONKEY_BENCHMARK_SECONDS=${BENCHMARKS_SECONDS:-$((limit - 45))} \
     stage benchmarks "$limit" "$python" -m pytest -p no:cacheprovider \

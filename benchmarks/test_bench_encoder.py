@@ -112,6 +112,7 @@ def _at_published_depth(vit):
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="on a GPU test_encoder has all layers")
 @pytest.mark.parametrize("provider", ["ours"])
+@pytest.mark.parametrize("encoder", ["bfloat16"], indirect=True)
 def test_published_depth(benchmark, encoder, provider):
     """One local crop through 48 layers: the ratio that an image has on a CPU, where both take its
     crops one after the other."""
