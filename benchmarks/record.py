@@ -115,10 +115,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check_clean()
             source = Path(tempfile.mkdtemp()) / "run.json"
             run_benchmarks(source)
-            record_kernels()
         home = file_run(source, options.commit)
+        if options.source is None:
+            record_kernels()
         report.write(newest_runs())
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:
         print(f"record: {error}", file=sys.stderr)
         return 1
     print(f"{home.relative_to(ROOT)} is filed; look at it, and commit it with the pages and plots")

@@ -203,11 +203,9 @@ def test_a_benchmark_run(tmp_path):
 
 
 def test_time_that_is_over_starts_no_benchmark(monkeypatch):
-    monkeypatch.setattr(conftest, "SECONDS", None)
+    monkeypatch.setattr(conftest, "SECONDS", 1e9)
     conftest.pytest_runtest_setup()
-    monkeypatch.setattr(conftest, "SECONDS", "1e9")
-    conftest.pytest_runtest_setup()
-    monkeypatch.setattr(conftest, "SECONDS", "0")
+    monkeypatch.setattr(conftest, "SECONDS", 0.0)
     with pytest.raises(pytest.skip.Exception, match="the 0 s given for the benchmarks were over"):
         conftest.pytest_runtest_setup()
 
@@ -667,6 +665,24 @@ def test_a_wrong_candidate_is_no_candidate(tune):
     seconds = tune.time_candidates(tune.Task("kernel", Parameters(), SPACE, run, tolerance=1e-2))
     assert seconds(Parameters(64)) > 0 and seconds(Parameters(32)) > 0
     assert [seconds(Parameters(block)) for block in (128, 16, 256)] == [None] * 3
+
+
+def test_a_default_that_is_wrong_fails_the_search(tune, monkeypatch, tmp_path, capsys):
+    """And the other kernels are searched all the same."""
+
+    def task(kernel, result):
+        def run():
+            return torch.ones(4) if backend.requested_backend() == "torch" else result
+
+        return tune.Task(kernel, Parameters(), {"block": [64]}, run, tolerance=1e-2)
+
+    tasks = [task("wrong", torch.zeros(4)), task("right", torch.ones(4))]
+    monkeypatch.setattr(tune, "tasks", lambda: tasks)
+    monkeypatch.setattr(backend, "interpreting", lambda: True)
+    assert tune.main(["--out", str(tmp_path / "device.json")]) == 1
+    out, error = capsys.readouterr()
+    assert error == "wrong: the default does not run, or is wrong\n"
+    assert re.search("right: .* with its default; 1 tried, 0 did not run or were wrong", out)
 
 
 def test_a_search_in_the_interpreter(tune, tmp_path):
