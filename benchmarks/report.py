@@ -115,13 +115,12 @@ def _tables(run: Run) -> str:
 
 
 def _not_run(run: Run) -> str:
-    """What was skipped or failed, and why; rows that differ in their sizes alone are one line."""
+    """What failed, and how many rows of a test were skipped for the same reason."""
     counts: dict[tuple[str, str], int] = {}
     for entry in run.not_run:
-        test, _, parameters = entry["name"].partition("[")
-        provider = parameters.rstrip("]").split("-")[-1]
-        why = f"{entry['outcome']}: {entry['reason']}"
-        key = (f"{test} {provider}".strip(), why)
+        failed = entry["outcome"] == "failed"
+        name = entry["name"] if failed else entry["name"].partition("[")[0]
+        key = name, f"{entry['outcome']}: {entry['reason']}"
         counts[key] = counts.get(key, 0) + 1
     lines = [[name, str(count), why] for (name, why), count in counts.items()]
     return table(["benchmark", "rows", "why"], lines) if lines else "Nothing is on record.\n"
