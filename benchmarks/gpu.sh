@@ -55,7 +55,7 @@ stage tune "${TUNE_LIMIT:-100}" "$python" -m benchmarks.tune --seconds "${TUNE_S
 limit=$((530 - SECONDS))
 MONKEY_BENCHMARK_SECONDS=${BENCHMARKS_SECONDS:-$((limit - 45))} \
     stage benchmarks "$limit" "$python" -m pytest -p no:cacheprovider \
-    benchmarks/test_bench_{crops,resampler,encoder,vit,memory}.py \
+    benchmarks/test_bench_{crops,resampler,encoder,vit,memory,whole_model}.py \
     --benchmark-only --benchmark-json="$out/benchmarks.json"
 (
     IFS=,

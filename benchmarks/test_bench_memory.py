@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.baselines import upstream_crop_tokens
 from benchmarks.fresh import run_fresh
-from benchmarks.memory import saved_for_backward, total_bytes
+from benchmarks.memory import record, saved_for_backward, total_bytes
 from benchmarks.workloads import (
     CROPS,
     DEVICE,
@@ -24,12 +24,6 @@ from benchmarks.workloads import (
 
 PROVIDERS = ["upstream", "ours", "ours, checkpointed"]
 MIB, GIB = 2**20, 2**30
-
-
-def _record(benchmark, count, unit):
-    """Run ``count`` once, as pytest-benchmark's timed call; its result is the row's value."""
-    value = benchmark.pedantic(count, rounds=1)
-    benchmark.extra_info["value"] = {"median": value, "q1": value, "q3": value, "unit": unit}
 
 
 @functools.cache
@@ -68,7 +62,7 @@ def test_saved_by_a_block(benchmark, dtype, provider):
         return (four - two) / 2 / MIB
 
     benchmark.group = f"saved for backward, per block and crop: {dtype}"
-    _record(benchmark, count, "MiB")
+    record(benchmark, count, "MiB")
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
@@ -88,7 +82,7 @@ def test_training_memory(benchmark, provider):
         return (weights + 3 * trained + saved) / GIB
 
     benchmark.group = f"training, {PUBLISHED_LAYERS} layers, 1 image: bfloat16, counted"
-    _record(benchmark, count, "GiB")
+    record(benchmark, count, "GiB")
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="on a GPU every timed row has its peak")
@@ -105,7 +99,7 @@ def test_peak(benchmark, dtype, provider, what):
         benchmark.extra_info["MiB before"] = found["before"] / MIB
         return found["peak"] / MIB
 
-    _record(benchmark, count, "MiB")
+    record(benchmark, count, "MiB")
 
 
 @pytest.mark.parametrize("provider", ["upstream", "ours", "ours, compiled"])
@@ -119,4 +113,4 @@ def test_cold_start(benchmark, provider):
         benchmark.extra_info["seconds"] = found
         return found["import"] + found["first"]
 
-    _record(benchmark, count, "s")
+    record(benchmark, count, "s")

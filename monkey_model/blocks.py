@@ -192,12 +192,11 @@ class VisualAttentionBlock(_Recomputing):
     ) -> Tensor:
         """[N, crops, d_model] to the same; ``k_x`` and ``v_x`` are unused, as upstream."""
         x = q_x + self.attention(self.ln_1(q_x), attn_mask=attn_mask, idx=idx)
-        x = x.transpose(0, 1)
-        out = x + self._adapted(self._mlp, x, self.mlp_lora, idx)
+        out = self._adapted(self._mlp, x.transpose(0, 1), self.mlp_lora, idx)
         return out.transpose(0, 1)
 
     def _mlp(self, x: Tensor) -> Tensor:
-        return self.mlp(self.ln_2(x))
+        return x + self.mlp(self.ln_2(x))
 
 
 class TransformerBlock(nn.Module):

@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 Value = TypeVar("Value")
 
@@ -24,8 +25,10 @@ class ParameterCache(Generic[Value]):
 
     @staticmethod
     def can_watch(parameters: Sequence[Tensor]) -> bool:
-        """Whether changes can be seen: not of inference or meta tensors."""
-        return not any(p.is_inference() or p.is_meta for p in parameters)
+        """Whether changes can be seen: not of inference tensors, nor of those without memory."""
+        return not any(
+            p.is_inference() or p.is_meta or isinstance(p, FakeTensor) for p in parameters
+        )
 
     def get(self, parameters: Sequence[Tensor], extra: Any, build: Callable[[], Value]) -> Value:
         """``build()``, or what it gave for the same parameters and ``extra``."""

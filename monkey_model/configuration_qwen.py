@@ -43,7 +43,8 @@ class QWenConfig(PreTrainedConfig):
     """
 
     model_type = "qwen"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (an annotation makes a field)
+    # Without annotation: that would make it a field.
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
 
     vocab_size: int = 151936
     hidden_size: int = 4096

@@ -72,31 +72,58 @@ def with_adapters(
     """
     if selection is None or len(adapters) == 0:
         return base(x)
-    term = _adapter_term(x, adapters, selection)
-    return base(x) + term
+    bank = [cast(Lora_Adapter, adapter) for adapter in adapters]
+    plain = all(type(m) is nn.Linear for a in bank for m in (a.lora_a, a.lora_b))
+    if not plain or (isinstance(selection, int) and torch.is_grad_enabled()):
+        # As modules: quantised or wrapped adapters have no plain weight, and the gradient of
+        # lora_scale is more exact in half precision.
+        term = _modules_term(x, bank, selection)
+        return base(x) + term
+    t, up = _low_rank(x, bank, selection)
+    if t.requires_grad or up.requires_grad:
+        term = F.linear(t, up)
+        return base(x) + term
+    out = base(x)
+    if out.dtype == t.dtype and _is_ours(out, base):
+        # No backward will come: into the output, with no pass over it but the product's own.
+        out.view(-1, out.shape[-1]).addmm_(t.flatten(0, -2), up.to(t.dtype).T)
+        return out
+    return out + F.linear(t, up)
 
 
-def _adapter_term(x: Tensor, adapters: nn.ModuleList, selection: int | Tensor) -> Tensor:
-    """What the selected adapters make of ``x``.
+def _low_rank(
+    x: Tensor, bank: Sequence[Lora_Adapter], selection: int | Tensor
+) -> tuple[Tensor, Tensor]:
+    """What the selected adapters make of ``x``, as factors [crops, N, ranks], [out_feat, ranks].
 
     A batch that mixes crops runs all adapters side by side: one product with the stacked
     ``lora_a``, the columns of other crops' adapters set to zero, one with the stacked ``lora_b``.
     Every row costs the rank of all adapters (4 x 16 of 1664), and there is nothing to sort.
     """
     if isinstance(selection, int):
-        return adapters[selection](x)
-    bank = [cast(Lora_Adapter, adapter) for adapter in adapters]
-    if not all(type(m) is nn.Linear for a in bank for m in (a.lora_a, a.lora_b)):
-        # Quantised or wrapped adapters have no plain weight to stack: run each as a module.
-        chosen = selection.to(x.dtype)[:, :, None, None]
-        return torch.stack([a(x) * chosen[:, i] for i, a in enumerate(bank)]).sum(dim=0)
+        bank = bank[selection : selection + 1]
     # A row belongs to one adapter, so dropping once is each adapter dropping on its own rows.
     x = bank[0].lora_dropout(x)
     down = torch.cat([adapter.lora_a.weight for adapter in bank])
     up = torch.cat([adapter.lora_b.weight * adapter.lora_scale for adapter in bank], dim=1)
-    t = F.linear(x, down).unflatten(-1, (len(bank), -1))
-    t = t * selection[:, None, :, None].to(t.dtype)
-    return F.linear(t.flatten(-2), up)
+    t = F.linear(x, down)
+    if isinstance(selection, Tensor):
+        t = t.unflatten(-1, (len(bank), -1)) * selection[:, None, :, None].to(t.dtype)
+        t = t.flatten(-2)
+    return t, up
+
+
+def _modules_term(x: Tensor, bank: Sequence[Lora_Adapter], selection: int | Tensor) -> Tensor:
+    if isinstance(selection, int):
+        return bank[selection](x)
+    chosen = selection.to(x.dtype)[:, :, None, None]
+    return torch.stack([a(x) * chosen[:, i] for i, a in enumerate(bank)]).sum(dim=0)
+
+
+def _is_ours(out: Tensor, base: Callable[[Tensor], Tensor]) -> bool:
+    """Whether ``out``, fresh from ``base``, may be overwritten: no one else can hold it."""
+    hooked = isinstance(base, nn.Module) and len(base._forward_hooks) > 0
+    return out.is_contiguous() and not out.requires_grad and not hooked
 
 
 def merge_adapters(pairs: Sequence[tuple[nn.Module, Lora_Adapter]]) -> None:

@@ -21,7 +21,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from monkey_model.configuration_monkey import MonkeyConfig
 from monkey_model.images import load_image
 from monkey_model.lora import Lora_Adapter
-from monkey_model.modeling_qwen import QWenLMHeadModel, QWenModel, QWenPreTrainedModel
+from monkey_model.modeling_qwen import (
+    CACHE,
+    QWenLMHeadModel,
+    QWenModel,
+    QWenPreTrainedModel,
+    one_cache,
+)
 from monkey_model.resampler import Resampler, get_2d_sincos_pos_embed
 from monkey_model.spans import ImageSpan, find_spans, locate, mask_spans, read_path
 from monkey_model.visual import VisionTransformer
@@ -82,6 +88,8 @@ class MonkeyModel(MonkeyPreTrainedModel, QWenModel):
         pixel_values: Tensor | None = None,
         visual_mask: Tensor | None = None,
         visual_tokens: Tensor | None = None,
+        *,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states after the last norm; the other arguments are :class:`QWenModel`'s.
@@ -101,12 +109,13 @@ class MonkeyModel(MonkeyPreTrainedModel, QWenModel):
             ValueError: not exactly one of input_ids and inputs_embeds; pixel_values without
                 input_ids; or the errors of :meth:`encode_images`.
         """
+        cache = one_cache(past_key_values, cache)
         if (visual_mask is None) != (visual_tokens is None):
             raise ValueError("visual_mask and visual_tokens must be given together")
         if input_ids is not None and inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)
             if visual_mask is None and (
-                pixel_values is not None or _may_show_images(input_ids, past_key_values)
+                pixel_values is not None or _may_show_images(input_ids, cache)
             ):
                 visual_mask, visual_tokens = self.encode_images(input_ids, pixel_values)
         elif input_ids is not None or inputs_embeds is None:
@@ -120,7 +129,7 @@ class MonkeyModel(MonkeyPreTrainedModel, QWenModel):
         return super().forward(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -182,11 +191,11 @@ class MonkeyModel(MonkeyPreTrainedModel, QWenModel):
             raise ValueError(f"{span} cannot be read: {error}") from error
 
 
-def _may_show_images(input_ids: Tensor, past_key_values: Cache | None) -> bool:
+def _may_show_images(input_ids: Tensor, cache: Cache | None) -> bool:
     """Whether these ids are the beginning of a sequence, and more than a token that follows one."""
     if input_ids.shape[1] <= 1:
         return False
-    return past_key_values is None or bool(past_key_values.get_seq_length() == 0)
+    return cache is None or bool(cache.get_seq_length() == 0)
 
 
 class MonkeyLMHeadModel(MonkeyPreTrainedModel, QWenLMHeadModel):
@@ -206,6 +215,8 @@ class MonkeyLMHeadModel(MonkeyPreTrainedModel, QWenLMHeadModel):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         pixel_values: Tensor | None = None,
+        *,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """See :meth:`MonkeyModel.forward` and :meth:`QWenLMHeadModel.forward`."""
@@ -215,6 +226,7 @@ class MonkeyLMHeadModel(MonkeyPreTrainedModel, QWenLMHeadModel):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,
@@ -234,7 +246,7 @@ class MonkeyLMHeadModel(MonkeyPreTrainedModel, QWenLMHeadModel):
         pixel_values = model_kwargs.pop("pixel_values", None)
         visual: dict[str, Tensor] = {}
         if model_kwargs.get("inputs_embeds") is None and input_ids is not None:
-            cache = model_kwargs.get("past_key_values")
+            cache = model_kwargs.get(CACHE)
             total = model_kwargs["position_ids"].shape[-1]
             fresh = total - (0 if cache is None else int(cache.get_seq_length()))
             mask, tokens = self.transformer.encode_images(input_ids[:, -fresh:], pixel_values)
@@ -249,14 +261,13 @@ class MonkeyLMHeadModel(MonkeyPreTrainedModel, QWenLMHeadModel):
         )
         return input_ids, {**model_kwargs, **visual}
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self,
         input_ids: LongTensor,
-        next_sequence_length: int | None = None,
-        past_key_values: Cache | None = None,
-        attention_mask: LongTensor | None = None,
+        *,
         inputs_embeds: Tensor | None = None,
-        is_first_iteration: bool | None = False,
+        visual_mask: Tensor | None = None,
+        visual_tokens: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """transformers' own, with the visual tokens of the ids that this call runs.
@@ -264,24 +275,17 @@ class MonkeyLMHeadModel(MonkeyPreTrainedModel, QWenLMHeadModel):
         Those are all of them where there is no cache, a part while a prompt is read in chunks, and
         none after the prompt.
         """
-        mask, tokens = kwargs.pop("visual_mask", None), kwargs.pop("visual_tokens", None)
         inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
-            input_ids,
-            next_sequence_length,
-            past_key_values,
-            attention_mask,
-            inputs_embeds,
-            is_first_iteration,
-            **kwargs,
+            input_ids, inputs_embeds=inputs_embeds, **kwargs
         )
-        if mask is None or not (is_first_iteration or past_key_values is None):
-            return inputs
-        start = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        end = start + inputs["input_ids"].shape[1]
-        mask = F.pad(mask, (0, max(0, end - mask.shape[1])))
-        order = mask.flatten().cumsum(0).view_as(mask) - 1
-        inputs["visual_mask"] = mask[:, start:end]
-        inputs["visual_tokens"] = tokens[order[:, start:end][inputs["visual_mask"]]]
+        cache = kwargs.get(CACHE)
+        start = 0 if cache is None else int(cache.get_seq_length())
+        if visual_mask is not None and visual_tokens is not None and start < visual_mask.shape[1]:
+            end = start + inputs["input_ids"].shape[1]
+            mask = F.pad(visual_mask, (0, max(0, end - visual_mask.shape[1])))
+            order = mask.flatten().cumsum(0).view_as(mask) - 1
+            inputs["visual_mask"] = mask[:, start:end]
+            inputs["visual_tokens"] = visual_tokens[order[:, start:end][inputs["visual_mask"]]]
         return inputs
 
 

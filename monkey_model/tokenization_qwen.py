@@ -56,11 +56,21 @@ _UNSUPPORTED = (
 )
 
 
+class _Converter(TikTokenConverter):
+    """transformers' converter on the file as it is now: tiktoken's loader caches by path alone."""
+
+    @staticmethod
+    def load_tiktoken_bpe(tiktoken_url: str) -> dict[bytes, int]:
+        lines = Path(tiktoken_url).read_bytes().splitlines()
+        pairs = (line.split() for line in lines if line)
+        return {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+
+
 def _convert(vocab_file: str) -> Tokenizer:
     """The tokenizer of a ``qwen.tiktoken``: a line for each token, its bytes in base64 and id."""
     if not os.path.isfile(vocab_file):
         raise FileNotFoundError(f"vocab_file does not exist: {vocab_file}")
-    converter = TikTokenConverter(
+    converter = _Converter(
         vocab_file, pattern=PRETOKENIZE_REGEX, extra_special_tokens=SPECIAL_TOKENS
     )
     try:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from monkey_model.modeling_monkey import MonkeyLMHeadModel
+from monkey_model.modeling_qwen import CACHE
 from tests.tiny import IMG, left_pad, pixels, span, tiny_model
 
 # One image, none, two.
@@ -136,8 +137,24 @@ def test_a_later_turn_brings_its_own_picture(model):
         turn = {"input_ids": torch.tensor([first]), "pixel_values": PICTURES[:1]}
         with torch.no_grad():
             model(**turn, past_key_values=past, use_cache=True)
-        out = generate(model, input_ids=ids, pixel_values=PICTURES[1:2], past_key_values=past)
+        out = generate(model, input_ids=ids, pixel_values=PICTURES[1:2], **{CACHE: past})
         assert torch.equal(out, expected)
+
+
+def test_a_cache_goes_by_its_new_and_its_old_name(model):
+    """transformers renames the argument in 5.24; a model takes both, whatever the version."""
+    ids = torch.tensor([PROMPTS[1]])
+    caches = {name: DynamicCache(config=model.config) for name in ("cache", "past_key_values")}
+    with torch.no_grad():
+        whole = model(ids).logits
+        for name, cache in caches.items():
+            model(ids[:, :2], **{name: cache})
+            out = model(ids[:, 2:], use_cache=True, **{name: cache})
+            assert getattr(out, CACHE) is cache
+            torch.testing.assert_close(out.logits, whole[:, 2:], atol=1e-5, rtol=0)
+        for part in (model, model.transformer):
+            with pytest.raises(ValueError, match="past_key_values and cache are two names of one"):
+                part(ids, **caches)
 
 
 @pytest.mark.parametrize("use_cache", [True, False])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
+from monkey_model import modeling_qwen
 from monkey_model.modeling_monkey import MonkeyLMHeadModel
 from tests.golden import DATA, GoldenLM, load_golden_lm
-from tests.tiny import tiny_model
+from tests.tiny import tiny_batch, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +68,38 @@ def test_half_precision_checkpoints_answer_and_train(tmp_path, dtype):
     assert expected.dtype == dtype and torch.isfinite(expected).all()
     visual.encode_crops(crops).float().square().sum().backward()
     assert torch.isfinite(visual.attn_pool.kv_proj.weight.grad).all()
+
+
+@pytest.mark.parametrize("items", [None, 50])
+def test_checkpointing_keeps_no_logits(monkeypatch, items):
+    """The same loss (float32) and gradients, and nothing as wide as logits saved for backward."""
+    monkeypatch.setattr(modeling_qwen, "_LOSS_CHUNK", 7)
+    model = tiny_model(attn_dropout_prob=0.0, emb_dropout_prob=0.0).double().train()
+    model.transformer.visual.eval()  # without the adapters' dropout
+    batch = tiny_batch()
+    batch["pixel_values"] = batch["pixel_values"].double()
+    vocab, results = model.config.vocab_size, []
+
+    def pack(tensor: Tensor) -> Tensor:
+        widths.add(tensor.shape[-1] if tensor.dim() > 1 else 0)
+        return tensor
+
+    for enable in (model.gradient_checkpointing_disable, model.gradient_checkpointing_enable):
+        enable()
+        widths: set[int] = set()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = model(**batch, num_items_in_batch=items)
+        model.zero_grad()
+        out.loss.backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        results.append((out, grads, vocab in widths))
+    (plain, plain_grads, plain_kept), (ours, grads, kept) = results
+    assert plain_kept and not kept
+    assert plain.logits.shape[-1] == vocab and ours.logits is None
+    torch.testing.assert_close(ours.loss, plain.loss, atol=0, rtol=1e-6)
+    assert grads.keys() == plain_grads.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, plain_grads[name], atol=1e-7, rtol=1e-5, msg=name)
+    model.eval()
+    with torch.no_grad():  # an evaluation still has them
+        assert model(**batch).logits is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import pickle
@@ -534,6 +535,15 @@ def test_saved(tmp_path: Path) -> None:
     (tmp_path / "saved/tokenizer.json").unlink()
     assert_same(QWenTokenizer.from_pretrained(tmp_path / "saved"), tokenizer)
     assert Path(tokenizer.save_vocabulary(tmp_path, "my")[0]).name == "my-qwen.tiktoken"
+
+
+def test_a_vocabulary_that_was_replaced_is_read_anew(tmp_path: Path) -> None:
+    """tiktoken's own loader keeps a copy of what was once at a path, and goes by that."""
+    path = write_vocabulary(tmp_path)
+    assert QWenTokenizer(path).tokenize("zq") == ["z", "q"]
+    token = base64.b64encode(b"zq").decode()
+    path.write_text(f"{path.read_text()}{token} {len(ranks())}\n")
+    assert QWenTokenizer(path).tokenize("zq") == ["zq"]
 
 
 def test_pickle(tokenizer: QWenTokenizer) -> None:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from monkey_kernels.crops import reference
+from monkey_model.lora import adapter_bank, select_adapters, with_adapters
 from monkey_model.visual import (
     Lora_Adapter,
     Resampler,
@@ -26,6 +27,7 @@ from monkey_model.visual import (
 )
 from tests.golden import assert_crops_match, assert_tokens_match, load_golden, relative_l2
 from tests.model.small import SMALL, small_encoder
+from tests.numerics import check_error, nan_filled
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +122,55 @@ def test_adapters_of_a_mixed_batch():
         for crop, adapter, tokens in zip(crops, index, together, strict=True):
             torch.testing.assert_close(tokens, encoder(crop[None], adapter)[0])
         assert not torch.allclose(encoder(crops[:1], 0), encoder(crops[:1], 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("selection", [1, "mixed"])
+def test_error_of_adapters_written_into_the_output(dtype, selection):
+    """Without gradients; the error rule against base(x) + adapter(x), under autocast too."""
+    torch.manual_seed(0)
+    base, bank = torch.nn.Linear(64, 96), adapter_bank(3, 64, 96)
+    for adapter in bank:
+        torch.nn.init.normal_(adapter.lora_b.weight, std=0.1)
+        adapter.lora_scale.data.fill_(0.7)
+    x = torch.randn(4, 50, 64)
+    rows = [0, 1, None, 2] if selection == "mixed" else [selection] * 4
+
+    def plain(x: torch.Tensor) -> torch.Tensor:
+        out = base(x)
+        return torch.stack([
+            o if i is None else o + bank[i](row)
+            for o, i, row in zip(out, rows, x, strict=True)
+        ])  # fmt: skip
+
+    chosen = select_adapters(rows, 3, x.device)
+    for module in (base, bank):
+        module.to(dtype).requires_grad_(False)
+    with torch.no_grad(), nan_filled():
+        ours, simple = with_adapters(base, x.to(dtype), bank, chosen), plain(x.to(dtype))
+        base.double(), bank.double()
+        exact = plain(x.to(dtype).double())
+        check_error("adapters", ours, simple, exact)
+        if dtype != torch.float32:
+            base.float(), bank.float()
+            x = x.to(dtype).float()
+            with torch.autocast("cpu", dtype):
+                ours, simple = with_adapters(base, x, bank, chosen), plain(x)
+            check_error("autocast", ours, simple.to(dtype), exact)
+
+
+def test_a_hook_on_a_projection_sees_its_own_output():
+    """What a forward hook holds on to is not written over by the adapters."""
+    encoder = small_encoder()
+    crops, index, seen = torch.randn(5, 3, 28, 28), [0, 1, 2, 3, None], []
+    attention = encoder.transformer.resblocks[0].attn
+    with torch.no_grad():
+        expected = encoder(crops, index)
+        handle = attention.in_proj.register_forward_hook(lambda m, i, o: seen.append((i[0], o)))
+        torch.testing.assert_close(encoder(crops, index), expected)
+        handle.remove()
+        (x, out), *_ = seen
+        assert torch.equal(out, attention.in_proj(x))
 
 
 def test_wrapped_adapters_run_as_modules():
