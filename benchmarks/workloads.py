@@ -26,7 +26,7 @@ RAGGED_SIZES = [(480 + 37 * i % 1000, 640 + 53 * i % 1400) for i in range(64)]
 INPUTS = 3 if DEVICE.type == "cuda" else 1
 
 #: Monkey's encoder as published, but for the number of layers.
-REAL_CONFIG: dict[str, Any] = {
+PUBLISHED_CONFIG: dict[str, Any] = {
     "image_size": 896,
     "patch_size": 14,
     "width": 1664,
@@ -35,6 +35,9 @@ REAL_CONFIG: dict[str, Any] = {
     "n_queries": 256,
     "output_dim": 4096,
 }
+#: What is measured: that, unless the scale is tiny.
+REAL_CONFIG = dict(PUBLISHED_CONFIG)
+#: of which the published model has
 PUBLISHED_LAYERS = 48
 LAYERS = PUBLISHED_LAYERS if DEVICE.type == "cuda" else 2
 DTYPES = ["bfloat16"] if DEVICE.type == "cuda" else ["float32", "bfloat16"]
