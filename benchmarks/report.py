@@ -92,7 +92,7 @@ def tables(runs: Sequence[Run]) -> str:
 
 
 def _tables(run: Run) -> str:
-    parts = [f"### {run.where}\n", _origin(run)]
+    parts = [f"### {run.device}\n", _origin(run)]
     if run.ceilings:
         ceilings = ", ".join(f"{value:.0f} {name}" for name, value in run.ceilings.items())
         parts.append(f"Ceilings measured in the same run: {ceilings}.\n")
