@@ -140,7 +140,7 @@ def _without_dropout(module):
 
 
 @pytest.mark.parametrize("provider", ["upstream", "ours", "ours, checkpointed"])
-@pytest.mark.parametrize("encoder", ["bfloat16"], indirect=True)
+@pytest.mark.parametrize("encoder", DTYPES[:1], indirect=True)
 def test_training_step(benchmark, encoder, provider):
     """Forward, backward and AdamW of adapters and resampler: an image on a GPU, a crop on a CPU."""
     dtype = encoder.proj.dtype

@@ -88,7 +88,7 @@ def test_resampler(benchmark, encoder, provider):
 
 
 @pytest.mark.parametrize("provider", ["upstream", "library", "ours"])
-@pytest.mark.parametrize("encoder", ["bfloat16"], indirect=True)
+@pytest.mark.parametrize("encoder", DTYPES[:1], indirect=True)
 def test_resampler_training(benchmark, encoder, provider):
     """Forward and backward into the resampler's parameters and the tokens."""
     dtype, crops = encoder.proj.dtype, CROPS if DEVICE.type == "cuda" else 1
