@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in under 9 minutes on an H100: benchmarks/gpu.sh OUT_DIR
+# Everything that wants a GPU, in under 9 minutes: benchmarks/gpu.sh OUT_DIR
 #
 # Stages, each with a time limit: the GPU tests, compute-sanitizer over every kernel, the search for
 # launch parameters (which the benchmarks then use), the benchmarks. A stage that fails does not stop
