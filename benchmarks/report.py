@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -218,4 +217,4 @@ def write(runs: Sequence[Run]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(write(newest_runs()))
+    write(newest_runs())
