@@ -93,7 +93,8 @@ def test_training_memory(benchmark, provider):
 @pytest.mark.parametrize("dtype", DTYPES[:1])
 def test_peak(benchmark, dtype, provider, what):
     """Most memory of a fresh process, weights and libraries included, over one pass."""
-    benchmark.group = f"peak memory, {what}, {LAYERS} layers, 1 image: {dtype}"
+    unit = {"encode": "image", "train": "crop"}[what]
+    benchmark.group = f"peak memory, {what}, {LAYERS} layers, 1 {unit}: {dtype}"
 
     def count():
         found = run_fresh(what, provider, dtype)

@@ -23,7 +23,7 @@ _FLUSH_BYTES = 512 * 2**20
 # Seconds for provider and baseline together, and the fewest and most rounds to spend them on: so
 # that all benchmarks take less than ten minutes on two cores, and less than four on an H100.
 _SECONDS, _FEWEST, _MOST = {
-    ("real", "cpu"): (1.0, 3, 30),
+    ("real", "cpu"): (1.0, 2, 30),
     ("real", "cuda"): (0.5, 7, 100),
     ("tiny", "cpu"): (0.0, 2, 2),
     ("tiny", "cuda"): (0.0, 2, 2),
