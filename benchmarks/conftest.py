@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import subprocess
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,10 +19,19 @@ from benchmarks.workloads import DEVICE, DTYPES, LAYERS, SCALE
 
 _PACKAGES = ("triton", "transformers", "numpy", "pillow", "torchvision", "flash-attn")
 _not_run = pytest.StashKey[list[dict[str, str]]]()
+_start = time.monotonic()
+
+#: Seconds after which no further benchmark starts, for a machine that is lent for a time.
+SECONDS = float(os.environ.get("MONKEY_BENCHMARK_SECONDS", "inf"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_not_run] = []
+
+
+def pytest_runtest_setup() -> None:
+    if time.monotonic() - _start > SECONDS:
+        pytest.skip(f"the {SECONDS:g} s given for the benchmarks were over")
 
 
 @pytest.fixture(autouse=True)

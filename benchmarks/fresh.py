@@ -1,7 +1,7 @@
 """What only a fresh process shows: ``python -m benchmarks.fresh WHAT PROVIDER DTYPE``.
 
-``encode`` and ``train`` report the peak memory of one pass over an image, ``start`` the seconds
-until the first one is done. The result is one line of JSON.
+``encode`` reports the peak memory of one pass over an image, ``train`` of forward and backward of a
+local crop, ``start`` the seconds until the first image is done. The result is one line of JSON.
 """
 
 from __future__ import annotations
@@ -71,7 +71,10 @@ def measure(what: str, provider: str, dtype: str) -> dict[str, float]:
     before = memory.peak_rss()
     if what == "train":
         train_adapters_and_resampler(encoder)
-        run().sum().backward()
+        crop = crops[:1]
+        upstream = provider == "upstream"
+        tokens = baselines.upstream_crop_tokens(encoder, crop, 0) if upstream else encoder(crop, 0)
+        tokens.sum().backward()
     else:
         with torch.inference_mode():
             run()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from functools import partial
+
 import pytest
 import torch
 
-from benchmarks.baselines import upstream_crop_tokens, upstream_tokens
+from benchmarks.baselines import upstream_crop_tokens
 from benchmarks.fresh import run_fresh
 from benchmarks.memory import record, saved_for_backward, total_bytes
 from benchmarks.workloads import (
@@ -13,6 +16,7 @@ from benchmarks.workloads import (
     DEVICE,
     DTYPES,
     LAYERS,
+    PUBLISHED_LAYERS,
     random_crops,
     real_encoder,
     train_adapters_and_resampler,
@@ -20,55 +24,41 @@ from benchmarks.workloads import (
 
 PROVIDERS = ["upstream", "ours", "ours, checkpointed"]
 MIB, GIB = 2**20, 2**30
-PUBLISHED_LAYERS = 48
 
 
-@pytest.fixture(scope="module")
-def encoders():
-    """Encoders in training, by dtype, with 4 layers: enough to see what one more layer saves."""
-    made = {}
-
-    def make(dtype):
-        if dtype not in made:
-            made[dtype] = real_encoder(layers=4, dtype=getattr(torch, dtype))
-            train_adapters_and_resampler(made[dtype])
-        return made[dtype]
-
-    return make
+@functools.cache
+def _encoder(dtype):
+    """In training, with 4 layers: enough to see what one more layer saves."""
+    encoder = real_encoder(layers=4, dtype=getattr(torch, dtype))
+    train_adapters_and_resampler(encoder)
+    return encoder
 
 
-def _saved(encoder, provider, crops):
-    """Bytes that a pass saves with 2 and with 4 layers."""
+@functools.cache
+def _saved(dtype, provider):
+    """Bytes that a local crop saves with 2 and with 4 layers. Exact, and no timing."""
+    encoder = _encoder(dtype)
     if provider == "ours, checkpointed":
         encoder.gradient_checkpointing_enable()
     else:
         encoder.gradient_checkpointing_disable()
-
-    def run():
-        if len(crops) == 1:  # a local crop
-            return upstream_crop_tokens(encoder, crops, 0) if upstream else encoder(crops, 0)
-        if upstream:
-            return upstream_tokens(encoder, crops)
-        return encoder.encode_crops(crops, crop_chunk=CROPS)
-
-    upstream = provider == "upstream"
+    form = partial(upstream_crop_tokens, encoder) if provider == "upstream" else encoder
+    crop = random_crops(1, encoder.proj.dtype)[:1]
     blocks = encoder.transformer.resblocks
     counts = []
     for layers in (2, 4):
         encoder.transformer.resblocks = blocks[:layers]
-        counts.append(total_bytes(saved_for_backward(encoder, run)))
+        counts.append(total_bytes(saved_for_backward(encoder, lambda: form(crop, idx=0))))
     return counts
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_saved_by_a_block(benchmark, encoders, dtype, provider):
-    """Per block and local crop: what two more layers add, halved. Exact, and no timing."""
-    encoder = encoders(dtype)
-    crop = random_crops(1, encoder.proj.dtype)[:1]
+def test_saved_by_a_block(benchmark, dtype, provider):
+    """Per block and local crop: what two more layers add, halved."""
 
     def count():
-        two, four = _saved(encoder, provider, crop)
+        two, four = _saved(dtype, provider)
         return (four - two) / 2 / MIB
 
     benchmark.group = f"saved for backward, per block and crop: {dtype}"
@@ -76,18 +66,17 @@ def test_saved_by_a_block(benchmark, encoders, dtype, provider):
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_training_memory(benchmark, encoders, provider):
+def test_training_memory(benchmark, provider):
     """The whole encoder in training on one image, added up: weights, gradients, AdamW's two
-    moments, and what is saved for backward, counted with 2 and 4 layers and continued to 48."""
-    encoder = encoders("bfloat16")
-    crops = random_crops(1, torch.bfloat16)
+    moments, and what five crops save, counted with 2 and 4 layers and continued to 48."""
 
     def count():
-        two, four = _saved(encoder, provider, crops)
-        saved = two + (PUBLISHED_LAYERS - 2) * (four - two) / 2
-        more = PUBLISHED_LAYERS - len(encoder.transformer.resblocks)
-        block = list(encoder.transformer.resblocks[0].parameters())
-        parameters = [*encoder.parameters(), *more * block]
+        two, four = _saved("bfloat16", provider)
+        saved = CROPS * (two + (PUBLISHED_LAYERS - 2) * (four - two) / 2)
+        encoder = _encoder("bfloat16")
+        blocks = encoder.transformer.resblocks
+        more = (PUBLISHED_LAYERS - len(blocks)) * list(blocks[0].parameters())
+        parameters = [*encoder.parameters(), *more]
         weights = sum(p.nbytes for p in parameters)
         trained = sum(p.nbytes for p in parameters if p.requires_grad)
         return (weights + 3 * trained + saved) / GIB
@@ -104,7 +93,8 @@ def test_training_memory(benchmark, encoders, provider):
 @pytest.mark.parametrize("dtype", DTYPES[:1])
 def test_peak(benchmark, dtype, provider, what):
     """Most memory of a fresh process, weights and libraries included, over one pass."""
-    benchmark.group = f"peak memory, {what}, {LAYERS} layers, 1 image: {dtype}"
+    unit = {"encode": "image", "train": "crop"}[what]
+    benchmark.group = f"peak memory, {what}, {LAYERS} layers, 1 {unit}: {dtype}"
 
     def count():
         found = run_fresh(what, provider, dtype)

@@ -23,8 +23,8 @@ from benchmarks.workloads import (
 )
 from monkey_model.lora import select_adapters
 
-PROVIDERS = ["upstream", "upstream, compiled", "library", "library, compiled", "ours"]
-PROVIDERS += ["ours, compiled"]
+PROVIDERS = ["upstream", "library", "ours"]
+PROVIDERS += [f"{provider}, compiled" for provider in PROVIDERS]
 
 
 @pytest.fixture(scope="module", params=DTYPES)
@@ -45,6 +45,8 @@ def _by_crop(block, index):
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_block(benchmark, encoder, provider):
     block, dtype = encoder.transformer.resblocks[0], encoder.proj.dtype
+    if provider.endswith("compiled") and dtype != getattr(torch, DTYPES[-1]):
+        pytest.skip(f"compiled in {DTYPES[-1]} only: compiling takes long on a CPU")
     index = encoder.adapter_index()
     torch.manual_seed(0)
     inputs = [torch.randn(CROPS, TOKENS, WIDTH, device=DEVICE, dtype=dtype) for _ in range(INPUTS)]
@@ -78,8 +80,7 @@ def test_block(benchmark, encoder, provider):
     name = str(dtype).removeprefix("torch.")
     benchmark.group = f"ViT block, {CROPS} crops: {name}"
     with torch.inference_mode():
-        expected = [providers["upstream"](inputs[0])]
-        assert_same([providers[provider](inputs[0])], expected, benchmark.extra_info)
-        moved = parameter_bytes(block) + 2 * inputs[0].nbytes
-        flop = CROPS * BLOCK_FLOP
-        measure(benchmark, providers, provider, inputs, flop=flop, bytes_moved=moved)
+        measure(
+            benchmark, providers, provider, inputs, check=assert_same,
+            flop=CROPS * BLOCK_FLOP, bytes_moved=parameter_bytes(block) + 2 * inputs[0].nbytes,
+        )  # fmt: skip

@@ -19,7 +19,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from benchmarks.baselines import upstream_tokens
 from benchmarks.memory import record, saved_for_backward, total_bytes
-from benchmarks.workloads import CROPS, REAL_CONFIG
+from benchmarks.workloads import CROPS, PUBLISHED_CONFIG, PUBLISHED_LAYERS
 from monkey_model.configuration_monkey import MonkeyConfig
 from monkey_model.freeze import freeze
 from monkey_model.modeling_monkey import MonkeyLMHeadModel
@@ -39,7 +39,7 @@ def published():
 
     On the meta device: no memory.
     """
-    settings = {**REAL_CONFIG, "layers": 48, "image_start_id": 151857}
+    settings = {**PUBLISHED_CONFIG, "layers": PUBLISHED_LAYERS, "image_start_id": 151857}
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):

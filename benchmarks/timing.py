@@ -20,10 +20,11 @@ Provider = Callable[[Any], Any]
 # Larger than any GPU's L2 cache: written between rounds, so that each starts with a cold cache.
 _FLUSH_BYTES = 512 * 2**20
 
-# Timed seconds of one provider, and the fewest and most rounds that they are spent on.
+# Seconds for provider and baseline together, and the fewest and most rounds to spend them on: so
+# that all benchmarks take less than ten minutes on two cores, and less than four on an H100.
 _SECONDS, _FEWEST, _MOST = {
-    ("real", "cpu"): (2.0, 5, 30),
-    ("real", "cuda"): (0.5, 10, 100),
+    ("real", "cpu"): (1.0, 2, 30),
+    ("real", "cuda"): (0.5, 7, 100),
     ("tiny", "cpu"): (0.0, 2, 2),
     ("tiny", "cuda"): (0.0, 2, 2),
 }[SCALE, DEVICE.type]
@@ -83,6 +84,7 @@ def measure(
     provider: str,
     inputs: Sequence[Any],
     *,
+    check: Callable[[Any, Any, dict[str, Any]], None] | None = None,
     flop: float = 0,
     bytes_moved: float = 0,
 ) -> None:
@@ -95,38 +97,53 @@ def measure(
 
     Args:
         benchmark: pytest-benchmark's fixture.
-        providers: the group's; checked to give the same before.
+        providers: the group's.
         provider: the one to time.
         inputs: what the rounds take in turn.
+        check: raises if the provider's result, its first argument, is not the baseline's, and puts
+            the error into the info. Left out where the caller has checked before.
         flop: that the task needs.
         bytes_moved: that any implementation has to move.
     """
     baseline = next(iter(providers))
+    names = list(dict.fromkeys([provider, baseline]))
+    info = benchmark.extra_info
 
     def turns(name: str) -> Callable[[], Any]:
         cycle = itertools.cycle(inputs)
         return lambda: providers[name](next(cycle))
 
     # The provider comes first, so that its times are always the first list.
-    calls = [turns(name) for name in dict.fromkeys([provider, baseline])]
+    calls = [turns(name) for name in names]
+    # The check warms both up.
+    seconds, results = _timed(calls)
+    if check:
+        check(results[0], results[-1], info)
+    del results
     if benchmark.disabled:
         benchmark.pedantic(calls[0])
         return
-    start = time.perf_counter()
-    _synchronous(calls[0])()
-    rounds = min(max(round(_SECONDS / (time.perf_counter() - start)), _FEWEST), _MOST)
-    info = benchmark.extra_info
+    if DEVICE.type == "cuda":  # where the first calls have loaded kernels, or tuned them
+        seconds, _ = _timed(calls)
+    rounds = min(max(round(_SECONDS / seconds), _FEWEST), _MOST)
     if DEVICE.type == "cpu":
         times = _host_times(benchmark, *calls, rounds=rounds)
     else:
         info["peak MiB"] = _peak_mib(calls[0])
-        benchmark.pedantic(_synchronous(calls[0]), warmup_rounds=1, rounds=_FEWEST)
+        benchmark.pedantic(_synchronous(calls[0]), rounds=_FEWEST)
         times = event_times(calls, rounds)
         info["value"] = {**spread(times[0]), "unit": "s"}
         _add_roofline(info, flop, bytes_moved)
     if provider != baseline:
         info["against"] = baseline
         info["speed"] = spread([b / t for t, b in zip(*times, strict=True)])
+
+
+def _timed(calls: Sequence[Callable[[], Any]]) -> tuple[float, list[Any]]:
+    """Seconds that one call of each takes, and what they return."""
+    start = time.perf_counter()
+    results = [_synchronous(call)() for call in calls]
+    return time.perf_counter() - start, results
 
 
 def _host_times(
@@ -138,7 +155,7 @@ def _host_times(
 ) -> list[list[float]]:
     """Seconds of each round, by pytest-benchmark, and of the baseline before each."""
     if baseline is None:
-        benchmark.pedantic(call, warmup_rounds=1, rounds=rounds)
+        benchmark.pedantic(call, rounds=rounds)
         return [benchmark.stats.stats.data]
     seconds: list[float] = []
 
@@ -147,15 +164,16 @@ def _host_times(
         baseline()
         seconds.append(time.perf_counter() - start)
 
-    benchmark.pedantic(call, setup=run_baseline, warmup_rounds=1, rounds=rounds)
-    return [benchmark.stats.stats.data, seconds[1:]]
+    benchmark.pedantic(call, setup=run_baseline, rounds=rounds)
+    return [benchmark.stats.stats.data, seconds]
 
 
 def _synchronous(function: Callable[[], Any]) -> Callable[[], Any]:
-    def call() -> None:
-        function()
+    def call() -> Any:
+        result = function()
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
+        return result
 
     return call
 

@@ -21,14 +21,12 @@ if SCALE not in ("real", "tiny"):
 #: (height, width) of a decoded photo.
 PHOTO_SIZES = {"640x480": (480, 640), "1600x1200": (1200, 1600), "4000x3000": (3000, 4000)}
 #: Photos of many sizes in one call.
-RAGGED_SIZES = [
-    (600 + 37 * i % 1900, 700 + 53 * i % 2300) for i in range(64 if DEVICE.type == "cuda" else 8)
-]
+RAGGED_SIZES = [(480 + 37 * i % 1000, 640 + 53 * i % 1400) for i in range(64)]
 #: Different inputs that a GPU's rounds take in turn.
 INPUTS = 3 if DEVICE.type == "cuda" else 1
 
 #: Monkey's encoder as published, but for the number of layers.
-REAL_CONFIG: dict[str, Any] = {
+PUBLISHED_CONFIG: dict[str, Any] = {
     "image_size": 896,
     "patch_size": 14,
     "width": 1664,
@@ -37,7 +35,11 @@ REAL_CONFIG: dict[str, Any] = {
     "n_queries": 256,
     "output_dim": 4096,
 }
-LAYERS = 48 if DEVICE.type == "cuda" else 2
+#: What is measured: that, unless the scale is tiny.
+REAL_CONFIG = dict(PUBLISHED_CONFIG)
+#: of which the published model has
+PUBLISHED_LAYERS = 48
+LAYERS = PUBLISHED_LAYERS if DEVICE.type == "cuda" else 2
 DTYPES = ["bfloat16"] if DEVICE.type == "cuda" else ["float32", "bfloat16"]
 
 if SCALE == "tiny":

@@ -3,14 +3,17 @@
 ``configs/<device>.json`` is ``{kernel: {parameter: int}}``. The device is ``torch``'s name for it
 in lower case with dashes, as in ``nvidia-h100-80gb-hbm3.json``. A file names only what differs
 from the default. It is read when the kernel first runs on that device.
+``python -m benchmarks.tune`` writes one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,6 +28,26 @@ else:
 
 CONFIGS = Path(__file__).parent / "configs"
 
+_tried: dict[str, Any] = {}
+
+
+def config_path(device: torch.device) -> Path:
+    """The file of a CUDA or ROCm device, which need not exist."""
+    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+    return CONFIGS / f"{name}.json"
+
+
+@contextlib.contextmanager
+def trying(kernel: str, parameters: Any) -> Iterator[None]:
+    """Launch ``kernel`` with ``parameters`` inside a ``with`` block, whatever its files say."""
+    before = dict(_tried)
+    _tried[kernel] = parameters
+    try:
+        yield
+    finally:
+        _tried.clear()
+        _tried.update(before)
+
 
 def launch_parameters(kernel: str, default: Parameters, device: torch.device) -> Parameters:
     """``default`` (a frozen dataclass of ints), with what the device's file says of ``kernel``.
@@ -33,10 +56,11 @@ def launch_parameters(kernel: str, default: Parameters, device: torch.device) ->
         ValueError: the file is not JSON, or gives ``kernel`` an unknown parameter or a value that
             is not a power of two (for stages: a positive number).
     """
+    if kernel in _tried:
+        return _tried[kernel]
     if device.type != "cuda":
         return default
-    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
-    return from_file(CONFIGS / f"{name}.json", kernel, default)
+    return from_file(config_path(device), kernel, default)
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import nn
@@ -28,6 +29,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer_utils import rotate_checkpoints
 
 from monkey_model.conversations import ConversationCollator, ConversationDataset, read_conversations
@@ -123,7 +125,6 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> FreezeReport:
     processor = MonkeyProcessor.from_pretrained(config.checkpoint)
     train_data = _dataset(config, config.data, processor.tokenizer)
     eval_data = config.eval_data and _dataset(config, config.eval_data, processor.tokenizer)
-    set_seed(arguments.seed)  # LoRA starts at random
     model, report = build_model(config, arguments)
     if arguments.should_log:
         print(report)
@@ -149,6 +150,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> FreezeReport:
     if arguments.should_save:
         draw_loss_curve(trainer.state.log_history, output / "loss.png")
         if config.merge:
+            unset_hf_deepspeed_config()  # or ZeRO-3 would shard what this process loads alone
             merge(config.checkpoint, output / "model", output / "merged")
     return report
 
@@ -176,20 +178,41 @@ def build_model(
         settings["device_map"] = {"": arguments.device}
     model: nn.Module = MonkeyLMHeadModel.from_pretrained(config.checkpoint, **settings)
     if config.mode == "lora":
+        set_seed(arguments.seed)  # not before: loading draws numbers too, under ZeRO-3 others
         try:
-            model = MonkeyPeftModel(model, lora_config(model, **config.lora))
+            lora = lora_config(model, **config.lora)
+            # One dtype for all that trains, as ZeRO-3 demands: peft would make LoRA alone float32.
+            model = MonkeyPeftModel(model, lora, autocast_adapter_dtype=False)
         except TypeError as error:  # peft's own names the key
             raise ValueError(f"lora is refused: {error}") from None
     try:
         report = freeze(model, **{**_MODE_FLAGS[config.mode], **config.freeze})
     except TypeError as error:
         raise ValueError(f"freeze is refused: {error}") from None
-    if not arguments.deepspeed:  # it keeps a float32 copy of its own
+    if arguments.deepspeed:  # it keeps a float32 copy of its own
+        _check_sharding(model, arguments.hf_deepspeed_config)
+    else:
         for parameter in model.parameters():
             # A step of 1e-5 is lost in the rounding of a 16-bit weight.
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     return model, report
+
+
+def _check_sharding(model: nn.Module, settings: HfDeepSpeedConfig) -> None:
+    # Saving would fail, after as many steps as there are between two checkpoints.
+    if not (isinstance(model, MonkeyPeftModel) and settings.is_zero3()):
+        return
+    key = "stage3_param_persistence_threshold"
+    threshold = settings.get_value(f"zero_optimization.{key}", 100_000)
+    frozen = {n: p for n, p in model.saved_parameters().items() if not p.requires_grad}
+    for name, parameter in frozen.items():
+        size = getattr(parameter, "ds_numel", parameter.numel())
+        if threshold == "auto" or threshold < size:
+            raise ValueError(
+                f"deepspeed's {key} must be at least {size}, so that {name}, which is frozen, can "
+                f"be saved with the adapter; got {threshold!r}"
+            )
 
 
 def merge(checkpoint: str | Path, adapter: str | Path, output_dir: str | Path) -> None:

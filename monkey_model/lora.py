@@ -131,8 +131,10 @@ def merge_adapters(pairs: Sequence[tuple[nn.Module, Lora_Adapter]]) -> None:
     """Add ``lora_scale * lora_b lora_a`` to each projection's weight, in place, in float64.
 
     Raises:
-        TypeError: a layer is not a plain ``nn.Linear`` (quantised, wrapped). Nothing has changed.
-        ValueError: a layer's weight is not in memory (offloaded). Nothing has changed.
+        TypeError: a layer is not a plain ``nn.Linear`` (quantised, wrapped).
+        ValueError: a layer's weight is not in memory (offloaded).
+
+    After either nothing has changed.
     """
     for projection, adapter in pairs:
         for module in (projection, adapter.lora_a, adapter.lora_b):

@@ -49,7 +49,21 @@ class MonkeyPeftModel(PeftModel):
         state_dict: dict[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        """As peft's, and the base weights that train, or came with the adapter, beside it."""
+        """As peft's, and the base weights that train, or came with the adapter, beside it.
+
+        Raises:
+            ValueError: ``state_dict`` lacks one of :meth:`saved_parameters`, which DeepSpeed has
+                sharded.
+        """
+        saved = self.saved_parameters()
+        if state_dict is not None:
+            # The Trainer's is without frozen parameters under ZeRO-3.
+            missing = {
+                name: _check_whole(name, parameter).detach()
+                for name, parameter in saved.items()
+                if name not in state_dict
+            }
+            state_dict = {**missing, **state_dict}
         super().save_pretrained(
             os.fspath(save_directory),
             selected_adapters=selected_adapters,
@@ -62,8 +76,8 @@ class MonkeyPeftModel(PeftModel):
         values = self.state_dict() if state_dict is None else state_dict
         base = {
             short: values[name].contiguous()
-            for name, short, parameter in self._base_parameters()
-            if parameter.requires_grad or short in self._loaded_base
+            for name in saved
+            if (short := upstream_name(name)) is not None
         }
         for adapter in self.peft_config if selected_adapters is None else selected_adapters:
             directory = Path(save_directory, adapter if adapter != "default" else "")
@@ -85,7 +99,11 @@ class MonkeyPeftModel(PeftModel):
         if not path.is_file():
             return result
         base = load_file(path)
-        parameters = {short: parameter for _, short, parameter in self._base_parameters()}
+        parameters = {
+            short: parameter
+            for name, parameter in self.named_parameters()
+            if (short := upstream_name(name)) is not None
+        }
         for name, value in base.items():
             _check_target(path, name, value, parameters.get(name))
         with torch.no_grad():
@@ -94,10 +112,30 @@ class MonkeyPeftModel(PeftModel):
         self._loaded_base |= set(base)
         return result
 
-    def _base_parameters(self) -> list[tuple[str, str, nn.Parameter]]:
-        """The model's name, upstream's name and the parameter, for every base weight."""
-        named = ((name, upstream_name(name), p) for name, p in self.named_parameters())
-        return [(name, short, p) for name, short, p in named if short is not None]
+    def saved_parameters(self) -> dict[str, nn.Parameter]:
+        """What :meth:`save_pretrained` writes, by the model's names.
+
+        All that is LoRA or a copy of ``modules_to_save``, trained or not, and the base weights that
+        train or came with an adapter.
+        """
+
+        def saved(name: str, parameter: nn.Parameter) -> bool:
+            short = upstream_name(name)
+            if short is None:
+                return ".original_module." not in name
+            return parameter.requires_grad or short in self._loaded_base
+
+        return {name: p for name, p in self.named_parameters() if saved(name, p)}
+
+
+def _check_whole(name: str, parameter: nn.Parameter) -> nn.Parameter:
+    if parameter.numel() == 0:
+        size = getattr(parameter, "ds_numel", 0)
+        raise ValueError(
+            f"state_dict must hold {name}, which DeepSpeed has sharded: only a "
+            f"stage3_param_persistence_threshold of at least {size} keeps it whole"
+        )
+    return parameter
 
 
 def _check_target(path: Path, name: str, value: Tensor, target: nn.Parameter | None) -> None:

@@ -1,21 +1,50 @@
-"""README's figures are those of the runs that it names, and its commands are single lines."""
+"""README's figures are those of the committed results, and its links lead somewhere."""
 
 from __future__ import annotations
 
 import re
 
-from benchmarks.report import ROOT, updated
+import pytest
+from PIL import Image
+
+from benchmarks import plots, report
+from benchmarks.results import ROOT, newest_runs
 
 
-def test_figures_come_from_the_committed_run():
-    readme = (ROOT / "README.md").read_text()
-    runs = re.findall(r"<!-- benchmark run: (\S+) -->", readme)
-    assert runs and all((ROOT / run).is_file() for run in runs)
-    assert updated(readme) == readme, "run python -m benchmarks.report"
-    assert updated(re.sub(r"(\d)\.(\d\d)x", r"9.99x", readme)) == readme
+@pytest.fixture(scope="module")
+def runs():
+    return newest_runs()
 
 
-def test_links_lead_somewhere():
-    readme = (ROOT / "README.md").read_text()
-    for link in re.findall(r"\]\(([^)#]+)\)", readme):
-        assert link.startswith("https://") or (ROOT / link).exists(), link
+@pytest.mark.parametrize("page", report.PAGES, ids=lambda page: page.parent.name)
+def test_figures_come_from_the_committed_results(page, runs):
+    text = page.read_text(encoding="utf-8")
+    blocks = re.findall(r"<!-- benchmarks: ([\w ]+) -->", text)
+    assert (
+        blocks
+        == {
+            ROOT: ["headline"],
+            ROOT / "benchmarks": ["targets", "tables", "ahead of time"],
+        }[page.parent]
+    )
+    assert report.updated(text, page.parent, runs) == text, "run python -m benchmarks.report"
+    tampered = re.sub(r"\d\.\d\dx", "9.99x", text)
+    assert tampered != text
+    assert report.updated(tampered, page.parent, runs) == text
+
+
+def test_pictures_come_from_the_committed_results(runs):
+    for run in runs:
+        for kind in plots.TITLES:
+            path = plots.path_of(kind, run)
+            assert path.is_file() == bool(plots.series(kind, run)), path
+            if path.is_file():
+                with Image.open(path) as picture:
+                    expected = plots.metadata(kind, run)
+                    assert {key: picture.info.get(key) for key in expected} == expected
+
+
+@pytest.mark.parametrize("page", report.PAGES, ids=lambda page: page.parent.name)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        assert link.startswith("https://") or (page.parent / link).exists(), link

@@ -33,6 +33,18 @@ def test_a_device_file_overrides_the_default(tmp_path, monkeypatch):
     }
 
 
+def test_parameters_can_be_tried():
+    device = torch.device("cpu")
+    with tuning.trying("cut", Parameters(32)), tuning.trying("other", Parameters(16)):
+        assert tuning.launch_parameters("cut", Parameters(), device) == Parameters(32)
+        with pytest.raises(RuntimeError), tuning.trying("cut", Parameters(128)):
+            assert tuning.launch_parameters("cut", Parameters(), device) == Parameters(128)
+            raise RuntimeError
+        assert tuning.launch_parameters("cut", Parameters(), device) == Parameters(32)
+        assert tuning.launch_parameters("other", Parameters(), device) == Parameters(16)
+    assert tuning.launch_parameters("cut", Parameters(), device) == Parameters()
+
+
 @pytest.mark.parametrize(
     "text, message",
     [

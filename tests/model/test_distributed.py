@@ -1,4 +1,7 @@
-"""Two processes, launched as a user would, agree with one: DDP, FSDP2, ZeRO-2 and ZeRO-3."""
+"""Two processes, launched as a user would, agree with one: DDP, FSDP2, ZeRO-2 and ZeRO-3.
+
+A run that is stopped and resumed is the uninterrupted one.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from monkey_model.finetune_config import launch_arguments
 from tests.tiny_checkpoint import write_checkpoint, write_data
 
 ROOT = Path(__file__).parents[2]
 TRAINING = {
     "use_cpu": True,
-    "max_steps": 3,
+    "max_steps": 4,
     "gradient_accumulation_steps": 1,
     "learning_rate": 1e-3,
     "lr_scheduler_type": "constant",
@@ -26,7 +30,7 @@ TRAINING = {
     # would turn its rounding into a difference. This much epsilon makes them proportional.
     "adam_epsilon": 1e-3,
     "max_grad_norm": 0.1,
-    "save_steps": 3,
+    "save_steps": 2,
     "dataloader_num_workers": 0,
     "disable_tqdm": True,
 }
@@ -37,29 +41,41 @@ def train(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
     checkpoint, data = write_checkpoint(folder / "checkpoint"), write_data(folder)
 
-    def train(name, processes, *flags, **training):
+    def train(name, processes, launch="ddp", *flags, dtype="float32"):
+        """The output directory, the losses of its last checkpoint, and the adapter."""
+        output = folder / name
+        training = {**TRAINING, "per_device_train_batch_size": 4 // processes}
+        if launch == "zero3":
+            # Of this model too, the position table stays whole and larger matrices are sharded.
+            training |= launch_arguments("zero3")
+            training["deepspeed"]["zero_optimization"]["stage3_param_persistence_threshold"] = 512
         config = {
             "checkpoint": str(checkpoint),
             "data": str(data),
-            "output_dir": str(folder / name),
-            "dtype": "float32",
+            "output_dir": str(output),
+            "dtype": dtype,
             "lora": {"lora_dropout": 0.0},
-            "training": {**TRAINING, "per_device_train_batch_size": 4 // processes, **training},
+            "launch": launch,
+            "merge": True,
+            "training": training,
         }
         (folder / f"{name}.json").write_text(json.dumps(config))
-        run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-               str(processes), str(ROOT / "tests" / "finetune_without_dropout.py"),
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                    str(processes)]  # fmt: skip
+        run = [sys.executable, *(torchrun if processes > 1 else []),
+               str(ROOT / "tests" / "finetune_without_dropout.py"),
                "finetune", "--config", str(folder / f"{name}.json"), *flags]  # fmt: skip
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+        # DeepSpeed compiles at its first run on a machine, with the ninja that it has installed.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
                        "DS_ACCELERATOR": "cpu"}  # fmt: skip
         done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-        state = json.loads((folder / name / "checkpoint-3" / "trainer_state.json").read_text())
+        state = json.loads((output / "checkpoint-4" / "trainer_state.json").read_text())
         losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
-        return losses, load_file(folder / name / "model" / "adapter_model.safetensors")
+        return output, losses, load_file(output / "model" / "adapter_model.safetensors")
 
     train.checkpoint = checkpoint
-    train.folder = folder
     return train
 
 
@@ -68,13 +84,22 @@ def alone(train):
     return train("alone", 1)
 
 
-@pytest.mark.parametrize("launch", ["ddp", "fsdp2", "zero2", "zero3"])
-def test_two_processes_agree_with_one(train, alone, launch):
-    if launch.startswith("zero"):
+@pytest.fixture(scope="module", params=["ddp", "fsdp2", "zero2", "zero3"])
+def launch(request):
+    if request.param.startswith("zero"):
         pytest.importorskip("deepspeed")
-    losses, adapter = train(launch, 2, "--launch", launch)
-    expected_losses, expected = alone
-    assert len(losses) == 3
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def together(train, launch):
+    return train(launch, 2, launch)
+
+
+def test_two_processes_agree_with_one(train, alone, together):
+    output, losses, adapter = together
+    _, expected_losses, expected = alone
+    assert len(losses) == 4
     torch.testing.assert_close(losses, expected_losses, rtol=0, atol=1e-5)
     assert adapter.keys() == expected.keys()
     for name, tensor in adapter.items():
@@ -89,5 +114,27 @@ def test_two_processes_agree_with_one(train, alone, launch):
     for part in ("attn_pool.query", "attn_pool.kv_proj", *(f"in_proj_lora.{n}." for n in range(4))):
         steps = [change for name, change in changed.items() if part in name]
         assert steps and max(steps) > 1e-4, part
-    assert (train.folder / launch / "checkpoint-3" / "complete").is_file()
-    assert (train.folder / launch / "loss.png").is_file()
+    assert (output / "checkpoint-4" / "complete").is_file()
+    assert (output / "loss.png").is_file()
+    assert load_file(output / "merged" / "model.safetensors").keys() == before.keys()
+
+
+# ZeRO-2's checkpoints are DeepSpeed's, as ZeRO-3's are.
+@pytest.mark.parametrize("launch", ["ddp", "fsdp2", "zero3"], indirect=True, scope="module")
+def test_a_resumed_run_is_the_uninterrupted_one(train, launch, together):
+    output, losses, adapter = together
+    (output / "checkpoint-4" / "complete").unlink()  # as if killed while it wrote this one
+    first = (output / "checkpoint-2" / "complete").stat().st_mtime_ns
+    _, resumed_losses, resumed = train(launch, 2, launch, "--resume")
+    assert (output / "checkpoint-2" / "complete").stat().st_mtime_ns == first  # not from the start
+    assert (output / "checkpoint-4" / "complete").is_file()
+    assert resumed_losses == losses
+    assert resumed.keys() == adapter.keys()
+    assert all(torch.equal(resumed[name], adapter[name]) for name in adapter)
+
+
+def test_zero3_in_bfloat16(train, alone):
+    pytest.importorskip("deepspeed")
+    _, losses, adapter = train("bfloat16", 2, "zero3", dtype="bfloat16")
+    torch.testing.assert_close(losses, alone[1], rtol=0, atol=1e-2)
+    assert {tensor.dtype for tensor in adapter.values()} == {torch.bfloat16}

@@ -7,12 +7,14 @@ import math
 
 import pytest
 import torch
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from monkey_model import finetune as module
 from monkey_model.cli import app
+from monkey_model.configuration_monkey import MonkeyConfig
 from monkey_model.finetune import (
     COMPLETE,
     checkpoints,
@@ -30,6 +32,7 @@ from monkey_model.finetune_config import (
 from monkey_model.freeze import upstream_name
 from monkey_model.modeling_monkey import MonkeyLMHeadModel
 from monkey_model.peft_model import MonkeyPeftModel
+from monkey_model.visual import VisionTransformer
 from tests.tiny_checkpoint import write_checkpoint, write_data
 
 TRAINING = {
@@ -223,23 +226,19 @@ def test_bad_data_is_found_before_anything_trains(config, tmp_path):
     assert not checkpoints(tmp_path / "out")
 
 
-def test_an_image_that_breaks_in_mid_run_leaves_the_last_checkpoint(config, tmp_path):
+def test_an_image_that_breaks_in_mid_run_leaves_the_last_checkpoint(config, tmp_path, monkeypatch):
     data = write_data(tmp_path / "data")
-    settings = {"data": str(data), "training": {"save_steps": 1, "per_device_train_batch_size": 1}}
+    on_save = module.CompleteCheckpoints.on_save
 
-    class Break(module.TrainerCallback):
-        def on_save(self, args, state, control, **kwargs):
-            for picture in data.parent.glob("*.png"):
-                picture.write_bytes(picture.read_bytes()[:60])
+    def break_pictures(self, *args, **kwargs):
+        on_save(self, *args, **kwargs)
+        for picture in data.parent.glob("*.png"):
+            picture.write_bytes(picture.read_bytes()[:60])
 
-    original = module.CompleteCheckpoints.on_save
-    module.CompleteCheckpoints.on_save = lambda self, *args, **kwargs: (
-        original(self, *args, **kwargs), Break().on_save(*args, **kwargs))[0]  # fmt: skip
-    try:
-        with pytest.raises(ValueError, match=r"record \d+ \(id 'r\d+'\): .*\.png"):
-            finetune(config(**settings))
-    finally:
-        module.CompleteCheckpoints.on_save = original
+    monkeypatch.setattr(module.CompleteCheckpoints, "on_save", break_pictures)
+    training = {"save_steps": 1, "per_device_train_batch_size": 1}
+    with pytest.raises(ValueError, match=r"record \d+ \(id 'r\d+'\): .*\.png"):
+        finetune(config(data=str(data), training=training))
     assert last_complete_checkpoint(tmp_path / "out").name == "checkpoint-1"
 
 
@@ -315,6 +314,31 @@ def test_bad_config_files(tmp_path):
         training_arguments(FinetuneConfig("c", "d", str(tmp_path), launch=str(path)))
     for name in ("ddp", "fsdp2", "zero2", "zero3"):
         assert launch_arguments(name)
+
+
+def test_zero3_keeps_the_position_table_of_the_published_size_whole():
+    settings = launch_arguments("zero3")["deepspeed"]["zero_optimization"]
+    with torch.device("meta"):
+        table = VisionTransformer(**{**MonkeyConfig().visual, "layers": 1}).attn_pool.pos_embed
+    assert settings["stage3_param_persistence_threshold"] >= table.numel() == 256 * 4096
+
+
+def test_zero3_that_could_not_save_is_refused_at_the_start(config):
+    model, _ = module.build_model(config(), training_arguments(config()))
+
+    def check(**zero):
+        module._check_sharding(model, HfDeepSpeedConfig({"zero_optimization": zero}))
+
+    for threshold in (511, "auto"):
+        message = (
+            r"stage3_param_persistence_threshold must be at least 512, so that \S*pos_embed, which "
+            f"is frozen, can be saved with the adapter; got {threshold!r}"
+        )
+        with pytest.raises(ValueError, match=message):
+            check(stage=3, stage3_param_persistence_threshold=threshold)
+        check(stage=2, stage3_param_persistence_threshold=threshold)
+    check(stage=3, stage3_param_persistence_threshold=512)
+    check(stage=3)  # DeepSpeed's own is 100,000
 
 
 def test_command(start, tmp_path, monkeypatch):

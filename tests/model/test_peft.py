@@ -240,6 +240,46 @@ def test_state_dict_that_is_passed_is_what_is_saved(tmp_path):
         assert torch.equal(loaded[name], state[name])
 
 
+def trained_state(model):
+    """The Trainer's state dict under ZeRO-3."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_frozen_parameters_missing_from_the_state_dict_are_saved_too(tmp_path):
+    """The position table; LoRA that does not train; base weights that came with the adapter."""
+    model = wrapped_model()
+    freeze(model, fix_vit=False)
+    move_everything_trained(model)
+    model.save_pretrained(tmp_path / "first")
+    model = MonkeyPeftModel.from_pretrained(tiny_model(), tmp_path / "first")
+    freeze(model, train_llm_lora=False)
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    state = trained_state(model)
+    for value in state.values():
+        value.add_(1)  # what is passed outranks the model
+    model.save_pretrained(tmp_path / "second", state_dict=state)
+    loaded = MonkeyPeftModel.from_pretrained(tiny_model(), tmp_path / "second").state_dict()
+    expected |= state
+    assert [name for name in expected if not torch.equal(loaded[name], expected[name])] == []
+    assert not any("pos_embed" in name for name in state) and loaded.keys() == expected.keys()
+
+
+def test_sharded_parameters_missing_from_the_state_dict_are_refused(tmp_path):
+    model = wrapped_model()
+    freeze(model)
+    state = trained_state(model)
+    table = model.get_base_model().transformer.visual.attn_pool.modules_to_save.default.pos_embed
+    table.ds_numel, table.data = table.numel(), torch.empty(0)
+    with pytest.raises(
+        ValueError,
+        match=r"state_dict must hold base_model\.model\.\S*attn_pool\.modules_to_save\.default\."
+        r"pos_embed, which DeepSpeed has sharded: only a stage3_param_persistence_threshold of at "
+        rf"least {table.ds_numel} keeps it whole",
+    ):
+        model.save_pretrained(tmp_path, state_dict=state)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_other_processes_write_nothing(tmp_path):
     model = wrapped_model()
     freeze(model, fix_vit=False)

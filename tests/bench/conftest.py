@@ -1,0 +1,14 @@
+"""Fixtures of the tests of what becomes of a benchmark run."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.results import load
+from tests.bench.made_up import ROWS, write_run
+
+
+@pytest.fixture
+def run_of(tmp_path):
+    """Makes a run of some rows."""
+    return lambda rows=ROWS, **changes: load(write_run(tmp_path / "run.json", rows, **changes))
