@@ -1,4 +1,4 @@
-"""Checkpoints: from_pretrained and save_pretrained, upstream's layout, devices, damaged files."""
+"""Checkpoints: from_pretrained and save_pretrained, upstream's layout, damaged files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import cpu_offload
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -61,11 +60,10 @@ def greedy(model: MonkeyLMHeadModel) -> torch.Tensor:
 
 
 def assert_same_weights(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
-    expected = theirs.state_dict()
-    state = ours.state_dict()
+    state, expected = ours.state_dict(), theirs.state_dict()
     assert state.keys() == expected.keys()
     for key, tensor in expected.items():
-        assert torch.equal(state[key], tensor.to(state[key])), key
+        assert torch.equal(state[key], tensor), key
 
 
 @pytest.mark.parametrize("size", ["300KB", "5GB"])
@@ -95,16 +93,6 @@ def test_text_model_of_its_own_type(tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(again) is QWenLMHeadModel
     assert type(again.config) is QWenConfig
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_dtype(model, shards, dtype):
-    again = MonkeyLMHeadModel.from_pretrained(shards, dtype=dtype)
-    assert {p.dtype for p in again.parameters()} == {dtype}
-    with torch.no_grad():
-        logits = again(**BATCH, pixel_values=PICTURES).logits
-    assert logits.dtype == dtype
-    assert torch.isfinite(logits[BATCH["attention_mask"].bool()]).all()
 
 
 def test_the_flags_of_published_configs_leave_the_dtype_alone(shards):
@@ -151,14 +139,14 @@ def test_a_directory_as_upstream_ships_it(tmp_path, monkeypatch, pickles):
 
 def test_a_checkpoint_without_adapters_gets_fresh_ones(model, shards):
     """A Qwen-VL checkpoint has none: they start as no-ops, and the loaded weights stay."""
-    missing = [".in_proj_lora.", ".mlp_lora.", "attn_pool.pos_embed", "attn_pool.query"]
-    missing += ["positional_embedding", "visual.proj", "attn.in_proj_weight", "ln_post.weight"]
-    dropped = set()
+    gone = re.compile(
+        r"_lora\.|attn_pool\.(pos_embed|query)|positional_embedding|visual\.proj|"
+        r"attn\.in_proj_weight|ln_post\.weight"
+    )
+    dropped = {key for key in model.state_dict() if gone.search(key)}
     for shard in shards.glob("model-*.safetensors"):
-        state = load_file(shard)
-        drop = {key for key in state if any(part in key for part in missing)}
-        save_file({k: v for k, v in state.items() if k not in drop}, shard, {"format": "pt"})
-        dropped |= drop
+        state = {k: v for k, v in load_file(shard).items() if k not in dropped}
+        save_file(state, shard, {"format": "pt"})
     index = json.loads((shards / "model.safetensors.index.json").read_text())
     index["weight_map"] = {k: v for k, v in index["weight_map"].items() if k not in dropped}
     (shards / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -181,7 +169,7 @@ def test_a_checkpoint_without_adapters_gets_fresh_ones(model, shards):
     assert torch.equal(pool.pos_embed, torch.tensor(get_2d_sincos_pos_embed(128, 2)))
 
 
-def test_fresh_weights_have_the_sizes_that_the_constructors_give(model):
+def test_fresh_weights_have_the_sizes_that_the_constructors_give():
     torch.manual_seed(0)
     fresh = MonkeyLMHeadModel(tiny_config())
     std = {key: tensor.std(correction=0).item() for key, tensor in fresh.state_dict().items()}
@@ -196,21 +184,16 @@ def test_fresh_weights_have_the_sizes_that_the_constructors_give(model):
 
 def test_shards_are_those_of_the_encoder_alone_too(model, shards):
     """`load_visual` reads what the whole model wrote."""
-    encoder = load_visual(shards)
-    assert_same_weights(encoder, model.transformer.visual)
+    assert_same_weights(load_visual(shards), model.transformer.visual)
 
 
-def test_a_missing_shard(shards):
-    name = sorted(shards.glob("model-*.safetensors"))[1]
-    name.unlink()
-    with pytest.raises(FileNotFoundError, match=name.name):
+def test_a_missing_or_truncated_shard(shards):
+    shard = sorted(shards.glob("model-*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-8])
+    with pytest.raises(SafetensorError, match="file not fully covered"):
         MonkeyLMHeadModel.from_pretrained(shards)
-
-
-def test_a_truncated_shard(shards):
-    name = sorted(shards.glob("model-*.safetensors"))[1]
-    name.write_bytes(name.read_bytes()[:-8])
-    with pytest.raises(SafetensorError, match="not fully covered"):
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=shard.name):
         MonkeyLMHeadModel.from_pretrained(shards)
 
 
@@ -241,80 +224,6 @@ def test_embeddings_are_found_and_resized():
     assert model.transformer.wte.weight.shape == model.lm_head.weight.shape == (330, 128)
     assert model.config.vocab_size == 330
     greedy(model)
-
-
-def language(place: str) -> dict[str, str]:
-    parts = ("transformer.wte", "transformer.h", "transformer.ln_f", "lm_head")
-    return dict.fromkeys(parts, place)
-
-
-VISUAL = "transformer.visual"
-MODULES = [
-    f"{VISUAL}.{part}" for part in ("conv1", "ln_pre", "transformer", "attn_pool", "ln_post")
-]
-IN_MEMORY = dict.fromkeys([f"{VISUAL}.positional_embedding", f"{VISUAL}.proj", *MODULES], "cpu")
-
-
-def assert_same_outputs(ours: MonkeyLMHeadModel, theirs: MonkeyLMHeadModel) -> None:
-    """Of a picture and of text, twice (caches are filled then), and of generation.
-
-    An offloaded encoder calls its parts as modules: the sums are in another order.
-    """
-    offloaded = any(p.is_meta for p in ours.transformer.visual.parameters())
-    atol = 1e-5 if offloaded else 0  # of logits up to 4
-    text = torch.tensor([[1, 2, 3]])
-    with torch.no_grad():
-        for inputs in ({**BATCH, "pixel_values": PICTURES}, {"input_ids": text}) * 2:
-            expected = theirs(**inputs).logits
-            torch.testing.assert_close(ours(**inputs).logits, expected, rtol=0, atol=atol)
-    assert torch.equal(greedy(ours), greedy(theirs))
-
-
-@pytest.mark.filterwarnings("ignore:The following device_map keys")  # those of its own tensors
-@pytest.mark.parametrize(
-    "device_map",
-    [
-        "auto",
-        {"": "cpu"},
-        {"": "disk"},
-        {**language("cpu"), VISUAL: "disk"},
-        {**language("disk"), VISUAL: "cpu"},
-        *({**language("cpu"), **IN_MEMORY, part: "disk"} for part in MODULES),
-    ],
-    ids=lambda places: (
-        "auto" if places == "auto" else str([k for k in places if places[k] == "disk"])
-    ),
-)
-def test_device_map(model, shards, tmp_path, device_map):
-    """Whatever is on the disk between calls: the outputs are those of the model in memory."""
-    folder = tmp_path / "offload"
-    again = MonkeyLMHeadModel.from_pretrained(shards, device_map=device_map, offload_folder=folder)
-    offloaded = "disk" in str(device_map)
-    assert any(p.is_meta for p in again.parameters()) == offloaded
-    assert_same_outputs(again, model)
-    assert any(p.is_meta for p in again.parameters()) == offloaded
-
-
-def test_offloaded_from_memory(model):
-    """accelerate's own offload; and pictures that the encoder alone reads."""
-    again = cpu_offload(tiny_model(), execution_device=torch.device("cpu"))
-    assert all(p.is_meta for p in again.parameters())
-    assert_same_outputs(again, model)
-    visual, images = again.transformer.visual, [DATA / "A_image0.jpg"]
-    expected = model.transformer.visual.encode_images(images)
-    torch.testing.assert_close(visual.encode_images(images), expected, rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match="only layers in memory can be merged; got one that is"):
-        visual.merge_adapter(0)
-
-
-def test_memory_limits_split_between_blocks_and_the_whole_encoder(model, shards, tmp_path):
-    visual = sum(p.numel() * 4 for p in model.transformer.visual.parameters())
-    limits = {"max_memory": {"cpu": int(2.6 * visual)}, "offload_folder": tmp_path / "offload"}
-    again = MonkeyLMHeadModel.from_pretrained(shards, device_map="auto", **limits)
-    places = again.hf_device_map
-    assert (places["transformer.h.0"], places["transformer.h.1"]) == ("cpu", "disk")
-    assert {key: places[key] for key in places if VISUAL in key} == {VISUAL: "disk"}
-    assert_same_outputs(again, model)
 
 
 @pytest.mark.parametrize("kind", [QWenLMHeadModel, MonkeyLMHeadModel])
