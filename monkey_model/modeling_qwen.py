@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -226,6 +227,34 @@ class QWenPreTrainedModel(PreTrainedModel):
         "attentions": QWenAttention,
     }
     _input_embed_layer = "wte"
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, but that the error names what does not fit.
+
+        Raises:
+            ValueError: a weight of another shape than the config's, unless
+                ``ignore_mismatched_sizes``; or a damaged file.
+            OSError: no weights, or a shard that is missing.
+        """
+        wanted = kwargs.pop("output_loading_info", False)
+        lenient = kwargs.pop("ignore_mismatched_sizes", False)
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        where = pretrained_model_name_or_path
+        try:
+            loaded: Any = super().from_pretrained(where, *args, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(f"{where} has an unreadable safetensors file: {error}") from error
+        model, info = loaded
+        if info["mismatched_keys"] and not lenient:
+            problems = [
+                f"{key} must be {list(expected)}, got {list(shape)}"
+                for key, shape, expected in sorted(info["mismatched_keys"])
+            ]
+            shown, more = "; ".join(problems[:20]), len(problems) - 20
+            tail = f"; and {more} more" if more > 0 else ""
+            raise ValueError(f"{where} does not fit its config: {shown}{tail}")
+        return (model, info) if wanted else model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
