@@ -66,7 +66,7 @@ def _origin(run: Run) -> str:
 
 
 def headline(runs: Sequence[Run]) -> str:
-    """A line for each group: ours, and the best of the others, against the baseline."""
+    """A line for each timed group: ours, and the best of the others, against the baseline."""
     return "\n".join(_headline(run) for run in runs)
 
 
@@ -74,7 +74,7 @@ def _headline(run: Run) -> str:
     lines = []
     for group, rows in run.groups().items():
         ours = next((row for row in rows if row.provider == "ours"), None)
-        if ours is None:
+        if ours is None or ours.unit != "s":
             continue
         gains = {row.provider: gain(row, rows) for row in rows}
         others = {p: g for p, g in gains.items() if g and not p.startswith("ours")}
@@ -82,7 +82,27 @@ def _headline(run: Run) -> str:
         other = f"{_times(others[best])} ({best})" if best else ""
         lines.append([group, baseline(rows), _times(gains["ours"]), _error(ours), other])
     head = ["what", "baseline", "ours", "ours against upstream's result", "best of the others"]
-    return f"{_origin(run)}\n{table(head, lines)}{_pictures(run, ('speed', 'memory'))}"
+    return f"{_origin(run)}\n{table(head, lines)}{_pictures(run, ('speed',))}"
+
+
+def memory(runs: Sequence[Run]) -> str:
+    """A line for each group that counts or measures memory, a column for each provider."""
+    return "\n".join(_memory(run) for run in runs)
+
+
+def _memory(run: Run) -> str:
+    groups = {group: rows for group, rows in run.groups().items() if rows[0].unit != "s"}
+    if not groups:
+        return ""
+    providers = list(dict.fromkeys(row.provider for rows in groups.values() for row in rows))
+
+    def cell(rows: Sequence[Row], provider: str) -> str:
+        row = next((row for row in rows if row.provider == provider), None)
+        ratio = row and gain(row, rows)
+        return "" if row is None else _amount(row) + (f", {_times(ratio)} less" if ratio else "")
+
+    lines = [[group, *(cell(rows, p) for p in providers)] for group, rows in groups.items()]
+    return f"{_origin(run)}\n{table(['what', *providers], lines)}{_pictures(run, ('memory',))}"
 
 
 def tables(runs: Sequence[Run]) -> str:
@@ -180,6 +200,7 @@ def ahead_of_time(path: Path) -> str:
 
 BLOCKS: dict[str, Callable[[Sequence[Run]], str]] = {
     "headline": headline,
+    "memory": memory,
     "tables": tables,
     "targets": targets,
     "ahead of time": lambda runs: ahead_of_time(AHEAD_OF_TIME),

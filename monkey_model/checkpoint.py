@@ -163,12 +163,11 @@ def load_visual(
         raise FileNotFoundError(f"checkpoint has no {PREFIX}* in any of {names}: {directory}")
     state = _read_safetensors(shards) if shards else _read_pickles(pickles)
 
-    overrides = {"interpolation": interpolation, "fit": fit, "grid": grid}
-    settings = {"interpolation": "bicubic", **config}
-    settings |= {name: value for name, value in overrides.items() if value is not None}
     try:
         with torch.device("meta"):
-            encoder = VisionTransformer(**settings)
+            encoder = VisionTransformer.from_config(
+                config, interpolation=interpolation, fit=fit, grid=grid
+            )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{config_path} 'visual' does not describe an encoder: {error}") from None
     _check_state(encoder, state, directory)

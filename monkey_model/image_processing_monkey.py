@@ -159,7 +159,7 @@ class MonkeyImageProcessor(BaseImageProcessor):
             )
         try:
             with torch.device("meta"):  # one block is enough to ask
-                encoder = VisionTransformer(**{"interpolation": "bicubic", **visual, "layers": 1})
+                encoder = VisionTransformer.from_config(visual, layers=1)
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"'visual' in config.json of {name} does not describe an encoder: {error}"

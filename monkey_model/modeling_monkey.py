@@ -73,8 +73,7 @@ class MonkeyModel(MonkeyPreTrainedModel, QWenModel):
         super().__init__(config)
         self.allow_urls = False
         self.image_root: str | os.PathLike[str] | None = None
-        # The published checkpoints were trained with bicubic.
-        self.visual = VisionTransformer(**{"interpolation": "bicubic", **config.visual})
+        self.visual = VisionTransformer.from_config(config.visual)
         self.post_init()
 
     def forward(

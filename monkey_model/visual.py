@@ -8,7 +8,7 @@ upstream's, key for key.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -185,6 +185,23 @@ class VisionTransformer(nn.Module):
         )
         self.ln_post = norm_layer(output_dim)
         self.proj = nn.Parameter(output_dim**-0.5 * torch.randn(output_dim, output_dim))
+
+    @classmethod
+    def from_config(cls, visual: Mapping[str, Any], **overrides: Any) -> VisionTransformer:
+        """The encoder that ``visual`` of a checkpoint's config describes, with new weights.
+
+        Where neither says, ``interpolation`` is ``"bicubic"``, as the published checkpoints were
+        trained.
+
+        Args:
+            visual: the constructor's arguments; keys that it does not know are ignored.
+            overrides: outrank ``visual``; None says nothing.
+
+        Raises:
+            TypeError, ValueError: the constructor's.
+        """
+        given = {name: value for name, value in overrides.items() if value is not None}
+        return cls(**{"interpolation": "bicubic", **visual, **given})
 
     @property
     def crops_per_image(self) -> int:

@@ -23,7 +23,7 @@ def test_figures_come_from_the_committed_results(page, runs):
     assert (
         blocks
         == {
-            ROOT: ["headline"],
+            ROOT: ["memory", "headline"],
             ROOT / "benchmarks": ["targets", "tables", "ahead of time"],
         }[page.parent]
     )

@@ -31,6 +31,15 @@ def test_the_headline_shows_losses_and_errors(in_tree, run_of):
     assert "| small | upstream | 0.50x | 7.4e-07 relative L2 | 1.20x (library) |\n" in text
 
 
+def test_memory_has_a_column_for_each_provider(in_tree, run_of):
+    text = report.memory([run_of(plotted_rows())])
+    assert "| what | upstream | ours |\n" in text
+    line = "| saved for backward, per block and crop: float32 | 200 MiB | 40 MiB, 5.00x less |\n"
+    assert line in text
+    assert "encoder" not in text and "saved for backward" not in report.headline([run_of()])
+    assert report.memory([run_of()]) == ""
+
+
 def test_every_provider_has_a_row(in_tree, run_of):
     skipped = [
         {"name": f"test_one_photo[{size}-DALI]", "outcome": "skipped", "reason": "no dali"}
@@ -134,7 +143,7 @@ def test_the_committed_kernels_are_those_that_there_are():
 
 def test_a_block_of_an_unknown_kind():
     page = "<!-- benchmarks: glory -->\n<!-- end of glory -->"
-    with pytest.raises(ValueError, match="no block is called 'glory'; there are headline, tables"):
+    with pytest.raises(ValueError, match="no block is called 'glory'; there are headline, memory"):
         report.updated(page, ROOT, [])
 
 
