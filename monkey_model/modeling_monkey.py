@@ -55,7 +55,7 @@ class MonkeyPreTrainedModel(QWenPreTrainedModel):
             init.copy_(module.pos_embed, torch.from_numpy(table))
             init.trunc_normal_(module.query, std=0.02)
         elif isinstance(module, VisionTransformer):
-            width = module.positional_embedding.shape[1]
+            width = module.transformer.width  # the table itself may be sharded, without a shape
             init.normal_(module.positional_embedding, std=width**-0.5)
             init.normal_(module.proj, std=module.output_dim**-0.5)
 
