@@ -14,8 +14,8 @@ from peft import PeftConfig
 from torch import Tensor
 
 from monkey_kernels.checks import check_positive_int
+from monkey_model.checkpoint import load_model
 from monkey_model.files import check_directory, json_lines, read_text
-from monkey_model.modeling_monkey import MonkeyLMHeadModel
 from monkey_model.peft_model import MonkeyPeftModel
 from monkey_model.processing_monkey import MonkeyProcessor
 from monkey_model.prompts import GROUNDING
@@ -83,14 +83,12 @@ class Asker:
         """
         directory = Path(checkpoint)
         check_directory("checkpoint", directory)
-        adapter = (directory / "adapter_config.json").is_file()
-        base: Any = directory
-        if adapter:
+        if (directory / "adapter_config.json").is_file():
             base = PeftConfig.from_pretrained(str(directory)).base_model_name_or_path
-            check_directory("base_model_name_or_path of the adapter", base)
-        model: Any = MonkeyLMHeadModel.from_pretrained(base, dtype=dtype)
-        if adapter:
+            model: Any = load_model(base, "base_model_name_or_path of the adapter", dtype=dtype)
             model = MonkeyPeftModel.from_pretrained(model, directory).merge_and_unload()
+        else:
+            model = load_model(directory, dtype=dtype)
         model = model.to(device=device, dtype=dtype)
         return cls(model, MonkeyProcessor.from_pretrained(directory), **settings)
 
@@ -137,6 +135,7 @@ class Asker:
         output = self.model.generate(
             **inputs.to(device),
             pixel_values=torch.cat(flat).to(device) if flat else None,
+            use_cache=True,  # the published config.json says false
             do_sample=False,
             num_beams=1,
             min_new_tokens=1,

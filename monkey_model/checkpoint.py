@@ -1,4 +1,4 @@
-"""Read the visual encoder out of a Monkey checkpoint directory."""
+"""Read a Monkey checkpoint directory: the visual encoder alone, or the whole model."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ import pickle
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from monkey_kernels.checks import check_dtype
+from monkey_model.files import check_directory
 from monkey_model.visual import VisionTransformer
+
+if TYPE_CHECKING:
+    from monkey_model.modeling_monkey import MonkeyLMHeadModel
 
 PREFIX = "transformer.visual."
 
@@ -173,3 +177,41 @@ def load_visual(
     _check_state(encoder, state, directory)
     encoder.load_state_dict({k: v.to(device, dtype) for k, v in state.items()}, assign=True)
     return encoder.eval()
+
+
+def load_model(
+    checkpoint: str | Path,
+    name: str = "checkpoint",
+    *,
+    without_adapters: bool = False,
+    **settings: Any,
+) -> MonkeyLMHeadModel:
+    """The whole model of a checkpoint, with every weight from it.
+
+    Where some are missing, transformers' own loading warns, and makes new ones.
+
+    Args:
+        checkpoint: directory.
+        name: what messages call it.
+        without_adapters: whether the per-crop adapters may be missing, and start anew.
+        settings: of ``from_pretrained``.
+
+    Raises:
+        OSError: no such directory, no ``config.json``, or no weights.
+        ValueError: weights that are missing, of another shape, or in a damaged file.
+    """
+    from monkey_model.modeling_monkey import MonkeyLMHeadModel  # encoding alone needs no LLM
+
+    check_directory(name, checkpoint)
+    if not Path(checkpoint, "config.json").is_file():
+        raise FileNotFoundError(f"{name} has no config.json: {checkpoint}")
+    model, info = MonkeyLMHeadModel.from_pretrained(
+        checkpoint, output_loading_info=True, **settings
+    )
+    missing = sorted(
+        key for key in info["missing_keys"] if not (without_adapters and "_lora." in key)
+    )
+    if missing:
+        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise ValueError(f"{name} {checkpoint} lacks {len(missing)} weights of the model: {shown}")
+    return model

@@ -32,11 +32,11 @@ from transformers import (
 from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer_utils import rotate_checkpoints
 
+from monkey_model.checkpoint import load_model
 from monkey_model.conversations import ConversationCollator, ConversationDataset, read_conversations
 from monkey_model.files import atomic, atomic_directory, check_directory
 from monkey_model.finetune_config import FinetuneConfig, training_arguments
 from monkey_model.freeze import FreezeReport, freeze
-from monkey_model.modeling_monkey import MonkeyLMHeadModel
 from monkey_model.peft_model import MonkeyPeftModel
 from monkey_model.peft_presets import NOT_QUANTISED, lora_config
 from monkey_model.processing_monkey import MonkeyProcessor
@@ -176,7 +176,7 @@ def build_model(
             llm_int8_skip_modules=NOT_QUANTISED,
         )
         settings["device_map"] = {"": arguments.device}
-    model: nn.Module = MonkeyLMHeadModel.from_pretrained(config.checkpoint, **settings)
+    model: nn.Module = load_model(config.checkpoint, without_adapters=True, **settings)
     if config.mode == "lora":
         set_seed(arguments.seed)  # not before: loading draws numbers too, under ZeRO-3 others
         try:
@@ -226,9 +226,8 @@ def merge(checkpoint: str | Path, adapter: str | Path, output_dir: str | Path) -
     Raises:
         OSError, ValueError: a directory that is not there, or not what it should be.
     """
-    check_directory("checkpoint", checkpoint)
     check_directory("adapter", adapter)
-    model = MonkeyLMHeadModel.from_pretrained(checkpoint, dtype="auto")
+    model = load_model(checkpoint, dtype="auto")
     dtype = model.dtype
     merged = MonkeyPeftModel.from_pretrained(model, adapter).merge_and_unload()
     with atomic_directory(Path(output_dir)) as place:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.utils.logging import warning_once
 
-from monkey_model.checkpoint import load_visual
+from monkey_model.checkpoint import load_model, load_visual
 from monkey_model.configuration_monkey import MonkeyConfig
 from monkey_model.configuration_qwen import QWenConfig
 from monkey_model.modeling_monkey import MonkeyLMHeadModel, MonkeyModel
@@ -136,13 +136,7 @@ def test_a_directory_as_upstream_ships_it(tmp_path, monkeypatch, pickles):
     assert torch.equal(out[:, golden.input_ids.shape[1] :], golden.generated[:, :2])
 
 
-def test_a_checkpoint_without_adapters_gets_fresh_ones(model, shards):
-    """A Qwen-VL checkpoint has none: they start as no-ops, and the loaded weights stay."""
-    gone = re.compile(
-        r"_lora\.|attn_pool\.(pos_embed|query)|positional_embedding|visual\.proj|"
-        r"attn\.in_proj_weight|ln_post\.weight"
-    )
-    dropped = {key for key in model.state_dict() if gone.search(key)}
+def drop_weights(shards: Path, dropped: set[str]) -> None:
     for shard in shards.glob("model-*.safetensors"):
         state = {k: v for k, v in load_file(shard).items() if k not in dropped}
         save_file(state, shard, {"format": "pt"})
@@ -150,6 +144,34 @@ def test_a_checkpoint_without_adapters_gets_fresh_ones(model, shards):
     index["weight_map"] = {k: v for k, v in index["weight_map"].items() if k not in dropped}
     (shards / "model.safetensors.index.json").write_text(json.dumps(index))
 
+
+def test_the_whole_model_is_loaded_or_refused(model, shards, tmp_path):
+    """What answers, trains or is merged has every weight from the checkpoint."""
+    assert_same_weights(load_model(shards), model)
+    adapters = {key for key in model.state_dict() if "_lora." in key}
+    drop_weights(shards, adapters)
+    load_model(shards, without_adapters=True)
+    first = min(adapters)
+    with pytest.raises(ValueError, match=f"base {shards} lacks {len(adapters)} .*: {first}, .*, "):
+        load_model(shards, "base")
+    drop_weights(shards, {"lm_head.weight"})
+    with pytest.raises(ValueError, match=f"{shards} lacks 1 weights of the model: lm_head.weight$"):
+        load_model(shards, without_adapters=True)
+    (shards / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=f"checkpoint has no config.json: {shards}"):
+        load_model(shards)
+    with pytest.raises(FileNotFoundError, match=r"base must be a directory; got .*nowhere"):
+        load_model(tmp_path / "nowhere", "base")
+
+
+def test_a_checkpoint_without_adapters_gets_fresh_ones(model, shards):
+    """A Qwen-VL checkpoint has none: they start as no-ops, and the loaded weights stay."""
+    gone = re.compile(
+        r"_lora\.|attn_pool\.(pos_embed|query)|positional_embedding|visual\.proj|"
+        r"attn\.in_proj_weight|ln_post\.weight"
+    )
+    dropped = {key for key in model.state_dict() if gone.search(key)}
+    drop_weights(shards, dropped)
     torch.manual_seed(0)
     again, info = MonkeyLMHeadModel.from_pretrained(shards, output_loading_info=True)
     assert set(info["missing_keys"]) == dropped
