@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from monkey_kernels.checks import check_positive_int
 from monkey_model.checkpoint import load_model
+from monkey_model.fetch import SCHEME
 from monkey_model.files import check_directory, json_lines, read_text
 from monkey_model.peft_model import MonkeyPeftModel
 from monkey_model.processing_monkey import MonkeyProcessor
@@ -189,37 +191,68 @@ def _question(record: Any, number: int, root: Path) -> Question:
     if ("image" in record) == ("images" in record):
         raise ValueError(f"must have either 'image' or 'images'; got keys {sorted(record)}")
     images = record["images"] if "images" in record else [record["image"]]
-    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+    if not isinstance(images, list) or not all(i and isinstance(i, str) for i in images):
         raise ValueError(f"'image' must be a path, 'images' a list of paths; got {images!r}")
+    for image in images:
+        if SCHEME.match(image):
+            raise ValueError(f"'image' must be a file, as nothing is fetched; got {image!r}")
     text = record.get("question")
     if not isinstance(text, str):
         raise ValueError(f"'question' must be a string; got {text!r}")
+    if re.search("[\ud800-\udfff]", text):
+        raise ValueError("'question' must be text; got half of a surrogate pair")
     name = record.get("id", number)
     if type(name) not in (str, int):
         raise ValueError(f"'id' must be a string or an integer; got {name!r}")
     return Question(text, tuple(str(root / image) for image in images), name)
 
 
-def answered_ids(path: str | Path) -> set[str | int]:
-    """The ids in an answer file; a last line that was cut off in writing is removed from it.
+def unanswered(questions: Sequence[Question], path: str | Path) -> list[Question]:
+    """The questions that an answer file does not answer yet.
+
+    A last line that was cut off in writing is removed from the file.
+
+    Args:
+        questions: with ids of their own.
+        path: JSONL as :func:`answer_file` writes it; need not exist.
 
     Raises:
-        ValueError: another line that is no answer.
+        OSError: the file cannot be read.
+        ValueError: a line is no answer, or answers another question than that of its id. The file
+            is then left as it is.
     """
     path = Path(path)
     if not path.exists():
-        return set()
+        return list(questions)
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
-    ids = set()
+    torn = content[len(whole) :]
+    answers: dict[str | int, str] = {}
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
-            ids.add(json.loads(line)["id"])
+            record = json.loads(line)
+            _ = record["answer"]
+            answers[record["id"]] = record["question"]
         except (ValueError, TypeError, KeyError):
-            raise ValueError(f"{path}, line {number} must be an answer with an 'id'") from None
-    return ids
+            raise ValueError(
+                f"{path}, line {number} must be an answer, with 'id', 'question' and 'answer'; got "
+                f"{line[:60].decode(errors='replace')!r}"
+            ) from None
+    begin = b'{"id": '
+    if not torn.startswith(begin[: len(torn)]):
+        raise ValueError(
+            f"{path} must end with an answer, or a part of one; got "
+            f"{torn[:60].decode(errors='replace')!r}"
+        )
+    for question in questions:
+        if answers.get(question.id, question.text) != question.text:
+            raise ValueError(
+                f"{path} answers another question by the id {question.id!r}: "
+                f"{answers[question.id]!r}, not {question.text!r}"
+            )
+    if torn:
+        os.truncate(path, len(whole))
+    return [question for question in questions if question.id not in answers]
 
 
 def answer_file(
@@ -246,11 +279,10 @@ def answer_file(
 
     Raises:
         OSError: ``out`` cannot be written.
-        ValueError: it holds something else than answers.
+        ValueError: it holds something else than answers, or answers to other questions.
     """
     check_positive_int("batch_size", batch_size)
-    done = answered_ids(out)
-    left = [question for question in questions if question.id not in done]
+    left = unanswered(questions, out)
     on_done(len(questions) - len(left))
     failed = 0
     Path(out).parent.mkdir(parents=True, exist_ok=True)

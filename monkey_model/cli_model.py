@@ -77,7 +77,8 @@ def finetune(
     except (OSError, TypeError, ValueError, ImportError) as error:
         report(str(error))
         raise typer.Exit(2) from None
-    say(err_console, f"{shown(loaded.output_dir)}: model, loss.png")
+    written = "model, loss.png" + ", merged" * loaded.merge
+    say(err_console, f"{shown(loaded.output_dir)}: {written}")
 
 
 def merge(
@@ -125,15 +126,21 @@ def ask(
     many = image is None and question is None and batch is not None and out is not None
     if not (single or many):
         raise typer.BadParameter("give IMAGE and QUESTION, or --batch and --out")
+    if batch is not None and out is not None:
+        if out.is_dir():
+            raise typer.BadParameter(f"--out must be a file; got the directory {out}")
+        if out.resolve() == batch.resolve():
+            raise typer.BadParameter("--out must be another file than --batch")
 
-    from monkey_model.ask import Asker, Question, answer_file, read_questions
+    from monkey_model.ask import Asker, Question, answer_file, read_questions, unanswered
 
     problems: list[str] = []
     try:
-        if batch is not None:
+        if batch is not None and out is not None:
             questions, problems = read_questions(batch, image_root)
             for problem in problems:
                 report(problem)
+            unanswered(questions, out)  # what is wrong there should not wait for the model
         target = usable_device(device)
         asker = Asker.from_pretrained(
             checkpoint,

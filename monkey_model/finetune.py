@@ -140,7 +140,13 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> FreezeReport:
         processing_class=processor,
         callbacks=callbacks,
     )
-    trainer.train(resume_from_checkpoint=None if start is None else str(start))
+    try:
+        trainer.train(resume_from_checkpoint=None if start is None else str(start))
+    except ValueError as error:
+        if not str(error).startswith("Caught ValueError in DataLoader worker"):
+            raise
+        # A worker sends its error as the text of a traceback.
+        raise ValueError(str(error).strip().rsplit("\nValueError: ", 1)[-1]) from error
 
     output = Path(config.output_dir)
     with atomic_directory(output / "model", write=arguments.should_save) as place:
@@ -227,6 +233,8 @@ def merge(checkpoint: str | Path, adapter: str | Path, output_dir: str | Path) -
         OSError, ValueError: a directory that is not there, or not what it should be.
     """
     check_directory("adapter", adapter)
+    if not Path(adapter, "adapter_config.json").is_file():
+        raise FileNotFoundError(f"adapter has no adapter_config.json: {adapter}")
     model = load_model(checkpoint, dtype="auto")
     dtype = model.dtype
     merged = MonkeyPeftModel.from_pretrained(model, adapter).merge_and_unload()

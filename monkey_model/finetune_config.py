@@ -170,7 +170,8 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} must be YAML or JSON: {error}") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} must be YAML or JSON: {reason}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold keys and values; got {type(content).__name__}")
     return content
@@ -207,7 +208,8 @@ def load_config(
         try:
             place[last] = yaml.load(value, _Loader)
         except yaml.YAMLError as error:
-            raise ValueError(f"--set {key} must be a YAML value; got {value!r}: {error}") from None
+            reason = " ".join(str(error).split())
+            raise ValueError(f"--set {key} must be a YAML value; got {value!r}: {reason}") from None
     check_keys("the config", content, [f.name for f in fields(FinetuneConfig)])
     for name in ("checkpoint", "data", "output_dir"):
         if name not in content:
@@ -243,7 +245,7 @@ def training_arguments(config: FinetuneConfig) -> TrainingArguments:
     """
     from transformers import TrainingArguments
 
-    known = {f.name for f in fields(TrainingArguments) if f.init}
+    known = {f.name: f.default for f in fields(TrainingArguments) if f.init}
     launch = launch_arguments(config.launch)
     for section, given in (("launch", launch), ("training", config.training)):
         _check_arguments(section, given, known)
@@ -267,8 +269,12 @@ def training_arguments(config: FinetuneConfig) -> TrainingArguments:
     return arguments
 
 
-def _check_arguments(section: str, given: Mapping[str, Any], known: Collection[str]) -> None:
+def _check_arguments(section: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """``known`` are the arguments' defaults: transformers itself checks no types."""
     for key in given:
         if key in _OWN:
             raise ValueError(f"{section}.{key} is set by {_OWN[key]}; remove it")
     check_keys(section, given, known)
+    for key, value in given.items():
+        if type(known[key]) in (int, float) and type(value) not in (int, float):
+            raise ValueError(f"{section}.{key} must be a number; got {value!r}")

@@ -106,8 +106,8 @@ class MonkeyProcessor(ProcessorMixin):
             image: those of the first text first, in the order of its spans.
 
         Raises:
-            ValueError: neither text nor images; as many images as spans are not there, in all or
-                for a text; a span without a path where there are no images; and the errors of
+            ValueError: neither text nor images; an empty text; as many images as spans are not
+                there, in all or for a text; a span without a path where there are no images; and the errors of
                 :class:`QWenTokenizer` and of :meth:`MonkeyImageProcessor.preprocess`.
         """
         if videos is not None or audio is not None:
@@ -117,6 +117,8 @@ class MonkeyProcessor(ProcessorMixin):
         inputs: dict[str, Any] = {}
         if text is not None:
             texts = [text] if isinstance(text, str) else text
+            if not texts or "" in texts:
+                raise ValueError("text must hold a prompt or more, none of them empty")
             inputs.update(self.tokenizer(texts, **kwargs))
             self._check_spans(inputs["input_ids"], images)
         if images is not None and (flat := flatten_images(images)):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from monkey_model.ask import Asker, Question, answer_file, answered_ids, read_questions
+from monkey_model.ask import Asker, Question, answer_file, read_questions, unanswered
 from monkey_model.cli import app
 from monkey_model.peft_model import MonkeyPeftModel
 from monkey_model.peft_presets import lora_config
@@ -133,8 +133,8 @@ def test_resuming_skips_answers_and_mends_a_torn_line(asker, pictures):
     records = [{"id": n, "image": "red.png", "question": f"Q{n}?"} for n in range(4)]
     questions, _ = read_questions(write_lines(pictures / "in.jsonl", *records))
     out, counts = pictures / "out.jsonl", []
-    # An answer by someone else, and one that was cut off in writing.
-    write_lines(out, {"id": 2, "answer": "kept"}, '{"id": 0, "answer": "to')
+    # An answer of an earlier run, and one that was cut off in writing.
+    write_lines(out, {"id": 2, "question": "Q2?", "answer": "kept"}, '{"id": 0, "images": ["r')
     assert answer_file(asker, questions, out, on_done=counts.append) == 0
     found = answers(out)
     assert found.keys() == {0, 1, 2, 3} and found[2] == "kept" and found[0] != "to"
@@ -142,7 +142,25 @@ def test_resuming_skips_answers_and_mends_a_torn_line(asker, pictures):
     before = out.read_bytes()
     assert answer_file(asker, questions, out, on_done=counts.append) == 0
     assert out.read_bytes() == before and counts[-1] == 4
-    assert answered_ids(pictures / "none.jsonl") == set()
+    assert unanswered(questions, pictures / "none.jsonl") == questions
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[1]\n", r"line 1 must be an answer, with 'id', 'question' and 'answer'; got '\[1\]'"),
+        ('{"id": 1, "image": "a.png", "question": "?"}\n', "line 1 must be an answer, with"),
+        ("precious notes", "must end with an answer, or a part of one; got 'precious notes'"),
+        ('{"id": 0, "question": "Old?", "answer": "x"}\n{"id": 1, "ima',
+         r"answers another question by the id 0: 'Old\?', not 'New\?'"),
+    ],
+)  # fmt: skip
+def test_a_file_of_something_else_stays_as_it_is(tmp_path, text, message):
+    path = tmp_path / "out.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        unanswered([Question("New?", (), 0)], path)
+    assert path.read_text() == text
 
 
 def test_each_answer_is_kept_before_the_next_batch(asker, pictures, monkeypatch):
@@ -175,6 +193,9 @@ def test_bad_records_are_reported_and_the_others_answered(checkpoint, pictures, 
         {"id": "broken", "image": "broken.png", "question": "?"},
         {"id": "missing", "image": "missing.png", "question": "?"},
         {"id": "last", "image": "blue.png", "question": "?"},
+        {"image": "", "question": "?"},
+        {"image": "https://somewhere/a.png", "question": "?"},
+        {"image": "red.png", "question": "\ud800"},
     )
     out = pictures / "out.jsonl"
     done = run("--batch", batch, "--out", out, "--checkpoint", checkpoint, "--batch-size", "3",
@@ -191,7 +212,10 @@ def test_bad_records_are_reported_and_the_others_answered(checkpoint, pictures, 
         "line 9: id 'good' must differ from that of line 1",
         "id 'broken': ",
         "id 'missing': ",
-        "10 of 12 questions were not answered",
+        "line 13: 'image' must be a path, 'images' a list of paths; got ['']",
+        "line 14: 'image' must be a file, as nothing is fetched; got 'https://somewhere/a.png'",
+        "line 15: 'question' must be text; got half of a surrogate pair",
+        "13 of 15 questions were not answered",
     ):
         assert message in done.output
 
@@ -212,7 +236,11 @@ def test_usage_errors(checkpoint, pictures, run):
     assert "none.png" in output
     out = write_lines(pictures / "out.jsonl", "[1]\n")
     output = run("--batch", batch, "--out", out, "--checkpoint", checkpoint, code=2).output
-    assert "out.jsonl, line 1 must be an answer with an 'id'" in output
+    assert "out.jsonl, line 1 must be an answer, with 'id'" in output
+    output = run("--batch", batch, "--out", batch, "--checkpoint", checkpoint, code=2).output
+    assert "--out must be another file than --batch" in output
+    output = run("--batch", batch, "--out", pictures, "--checkpoint", checkpoint, code=2).output
+    assert "--out must be a file; got the directory" in output
     batch.write_bytes(b'{"id": "\xff"}')
     output = run("--batch", batch, "--out", out, "--checkpoint", checkpoint, code=2).output
     assert "must be UTF-8" in output

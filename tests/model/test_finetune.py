@@ -242,6 +242,14 @@ def test_an_image_that_breaks_in_mid_run_leaves_the_last_checkpoint(config, tmp_
     assert last_complete_checkpoint(tmp_path / "out").name == "checkpoint-1"
 
 
+def test_an_unreadable_image_in_a_worker_is_one_line(config, tmp_path):
+    data = write_data(tmp_path / "data")
+    for picture in data.parent.glob("*.png"):
+        picture.write_bytes(picture.read_bytes()[:60])
+    with pytest.raises(ValueError, match=r"^record \d+ \(id 'r\d+'\): [^\n]*\.png[^\n]*$"):
+        finetune(config(data=str(data), training={"dataloader_num_workers": 1}))
+
+
 # ---- settings ---------------------------------------------------------------------------------
 
 
@@ -286,6 +294,8 @@ def test_config_file_settings_and_flags(tmp_path):
         (["freeze.fix_llama=true"], "freeze is refused: flags must be among .*; got fix_llama"),
         (["unfreeze.at=3"], "unfreeze is refused: .*at"),
         (["training.optim=none"], "training is refused: none is not a valid OptimizerNames"),
+        (["training.max_steps=x"], "training.max_steps must be a number; got 'x'"),
+        (["training.learning_rate=true"], "training.learning_rate must be a number; got True"),
         (["checkpoint=nowhere"], "checkpoint must be a directory; got nowhere"),
         (["checkpoint.x=1"], "--set checkpoint.x: checkpoint is no section; got '"),
         (["novalue"], "--set must be KEY=VALUE; got 'novalue'"),
@@ -302,7 +312,7 @@ def test_bad_settings(config, settings, message, tmp_path):
 def test_bad_config_files(tmp_path):
     path = tmp_path / "run.yaml"
     for content, message in (
-        ("a: [", "must be YAML or JSON"),
+        ("a: [\nb", r"run.yaml must be YAML or JSON: [^\n]*$"),
         ("- a", "must hold keys and values; got list"),
         ("data: d", "the config must have 'checkpoint'; got data"),
     ):
@@ -356,6 +366,9 @@ def test_command(start, tmp_path, monkeypatch):
     assert done.exit_code == 0 and weights(merged).keys() == weights(checkpoint).keys()
     done = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert done.exit_code == 2 and "--out must not exist yet" in done.output
+    arguments = ["merge", checkpoint, "--checkpoint", checkpoint, "--out", tmp_path / "other"]
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert done.exit_code == 2 and "adapter has no adapter_config.json: " in done.output
     done = CliRunner().invoke(app, ["finetune", "--mode", "lora"])
     assert done.exit_code == 2 and "the config must have 'checkpoint'; got mode" in done.output
 

@@ -197,6 +197,8 @@ def test_text_options_reach_the_tokenizer(processor: MonkeyProcessor) -> None:
         ("<img>", [A], "text[0] must have an </img> after the <img> at character 0; got none"),
         (["the", "</img>"], [A], "text[1] must have an <img> before the </img> at character 0"),
         (None, None, "text or images must be given; got neither"),
+        ([], None, "text must hold a prompt or more, none of them empty"),
+        (["the", ""], None, "text must hold a prompt or more, none of them empty"),
     ],
 )
 def test_spans_and_images_that_differ(
