@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import unittest.mock
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 def saved_for_backward(module: nn.Module, run: Callable[[], Tensor]) -> list[Tensor]:
@@ -27,6 +30,24 @@ def saved_for_backward(module: nn.Module, run: Callable[[], Tensor]) -> list[Ten
 def _storage(tensor: Tensor) -> int:
     """Names the storage; unlike its address, of a fake tensor too, which has no memory."""
     return tensor.untyped_storage()._cdata
+
+
+@contextlib.contextmanager
+def shapes_alone() -> Iterator[None]:
+    """Tensors made in this block are fake: every shape and storage, no memory, and no time.
+
+    They have no values for ``torch.equal``, with which upstream compares query and key.
+    """
+    with FakeTensorMode(), unittest.mock.patch.object(torch, "equal", lambda a, b: a is b):
+        yield
+
+
+def without_memory(module: nn.Module) -> None:
+    """Make every parameter a fake tensor on the CPU; in :func:`shapes_alone`."""
+    for part in module.modules():
+        for name, p in list(part.named_parameters(recurse=False)):
+            fake = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
+            setattr(part, name, fake)
 
 
 def total_bytes(tensors: list[Tensor]) -> int:

@@ -10,17 +10,23 @@ import torch
 
 from benchmarks.baselines import upstream_crop_tokens
 from benchmarks.fresh import run_fresh
-from benchmarks.memory import record, saved_for_backward, total_bytes
+from benchmarks.memory import (
+    record,
+    saved_for_backward,
+    shapes_alone,
+    total_bytes,
+    without_memory,
+)
 from benchmarks.workloads import (
     CROPS,
     DEVICE,
     DTYPES,
     LAYERS,
     PUBLISHED_LAYERS,
-    random_crops,
-    real_encoder,
+    REAL_CONFIG,
     train_adapters_and_resampler,
 )
+from monkey_model.visual import VisionTransformer
 
 PROVIDERS = ["upstream", "ours", "ours, checkpointed"]
 MIB, GIB = 2**20, 2**30
@@ -29,7 +35,8 @@ MIB, GIB = 2**20, 2**30
 @functools.cache
 def _encoder(dtype):
     """In training, with 4 layers: enough to see what one more layer saves."""
-    encoder = real_encoder(layers=4, dtype=getattr(torch, dtype))
+    with torch.device("meta"):
+        encoder = VisionTransformer(**REAL_CONFIG, layers=4).to(getattr(torch, dtype))
     train_adapters_and_resampler(encoder)
     return encoder
 
@@ -43,12 +50,14 @@ def _saved(dtype, provider):
     else:
         encoder.gradient_checkpointing_disable()
     form = partial(upstream_crop_tokens, encoder) if provider == "upstream" else encoder
-    crop = random_crops(1, encoder.proj.dtype)[:1]
     blocks = encoder.transformer.resblocks
     counts = []
-    for layers in (2, 4):
-        encoder.transformer.resblocks = blocks[:layers]
-        counts.append(total_bytes(saved_for_backward(encoder, lambda: form(crop, idx=0))))
+    with shapes_alone():
+        without_memory(encoder)
+        crop = torch.zeros(1, 3, 448, 448, dtype=encoder.proj.dtype)
+        for layers in (2, 4):
+            encoder.transformer.resblocks = blocks[:layers]
+            counts.append(total_bytes(saved_for_backward(encoder, lambda: form(crop, idx=0))))
     return counts
 
 

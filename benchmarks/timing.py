@@ -85,6 +85,7 @@ def measure(
     inputs: Sequence[Any],
     *,
     check: Callable[[Any, Any, dict[str, Any]], None] | None = None,
+    fewest: int = _FEWEST,
     flop: float = 0,
     bytes_moved: float = 0,
 ) -> None:
@@ -102,6 +103,7 @@ def measure(
         inputs: what the rounds take in turn.
         check: raises if the provider's result, its first argument, is not the baseline's, and puts
             the error into the info. Left out where the caller has checked before.
+        fewest: rounds, however long they take.
         flop: that the task needs.
         bytes_moved: that any implementation has to move.
     """
@@ -125,7 +127,9 @@ def measure(
         return
     if DEVICE.type == "cuda":  # where the first calls have loaded kernels, or tuned them
         seconds, _ = _timed(calls)
-    rounds = min(max(round(_SECONDS / seconds), _FEWEST), _MOST)
+    if provider == baseline:
+        fewest = 1  # every other provider times it too
+    rounds = min(max(round(_SECONDS / seconds), fewest), _MOST)
     if DEVICE.type == "cpu":
         times = _host_times(benchmark, *calls, rounds=rounds)
     else:

@@ -97,20 +97,27 @@ def fold_resampler(resampler: Resampler, position_table: Tensor) -> FoldedResamp
         projection = projection - projection.mean(dim=0)
         r = torch.linalg.qr(projection / math.sqrt(width), mode="r").R
         projection *= g[:, None]
-        w_q, w_k, w_v = (w.double() for w in attn.in_proj_weight.chunk(3))
+        w_q, w_k, w_v = attn.in_proj_weight.chunk(3)
         b_q, b_k, b_v = (bias.double() for bias in attn.in_proj_bias.chunk(3))
-        w_o, b_o = attn.out_proj.weight.double(), attn.out_proj.bias.double()
 
+        # One wide matrix at a time: in float64 each is 134 MB.
         query = copy.deepcopy(resampler.ln_q).double()(resampler.query.double())
-        value_weight = w_v @ projection
+        query = F.linear(query + resampler.pos_embed.double(), w_q.double(), b_q)
+        wide = w_k.double()
+        key_weight = wide @ projection
+        key_bias = F.linear(position_table.double() + b, wide, b_k)
+        wide = w_v.double()
+        value_weight = wide @ projection
+        value_bias = wide @ b + b_v
+        wide = attn.out_proj.weight.double()
         return FoldedResampler(
             num_heads=resampler.num_heads,
             eps=norm.eps,
             norm=r.to(dtype),
-            kv_weight=torch.cat([w_k @ projection, value_weight]).to(dtype),
-            query=F.linear(query + resampler.pos_embed.double(), w_q, b_q).to(dtype),
-            key_bias=F.linear(position_table.double() + b, w_k, b_k).to(dtype),
+            kv_weight=torch.cat([key_weight, value_weight]).to(dtype),
+            query=query.to(dtype),
+            key_bias=key_bias.to(dtype),
             out_weight=attn.out_proj.weight.detach(),
-            out_bias=(w_o @ (w_v @ b + b_v) + b_o).to(precise),
-            mean_weight=(w_o @ value_weight).to(precise),
+            out_bias=(wide @ value_bias + attn.out_proj.bias.double()).to(precise),
+            mean_weight=(wide @ value_weight).to(precise),
         )

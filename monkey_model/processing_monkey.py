@@ -107,8 +107,8 @@ class MonkeyProcessor(ProcessorMixin):
 
         Raises:
             ValueError: neither text nor images; an empty text; as many images as spans are not
-                there, in all or for a text; a span without a path where there are no images; and the errors of
-                :class:`QWenTokenizer` and of :meth:`MonkeyImageProcessor.preprocess`.
+                there, in all or for a text; a span without a path where there are no images; and
+                the errors of :class:`QWenTokenizer` and of :meth:`MonkeyImageProcessor.preprocess`.
         """
         if videos is not None or audio is not None:
             raise ValueError("videos and audio must be None: the model reads images and text")
