@@ -98,8 +98,14 @@ def _memory(run: Run) -> str:
 
     def cell(rows: Sequence[Row], provider: str) -> str:
         row = next((row for row in rows if row.provider == provider), None)
-        ratio = row and gain(row, rows)
-        return "" if row is None else _amount(row) + (f", {_times(ratio)} less" if ratio else "")
+        if row is None:
+            return ""
+        ratio = gain(row, rows)
+        if ratio is None:
+            return _amount(row)
+        less = ratio.median
+        change = f"{less:.2f}x less" if less >= 1 else f"{1 / less:.2f}x more"
+        return f"{_amount(row)}, {change}"
 
     lines = [[group, *(cell(rows, p) for p in providers)] for group, rows in groups.items()]
     return f"{_origin(run)}\n{table(['what', *providers], lines)}{_pictures(run, ('memory',))}"

@@ -90,7 +90,7 @@ def test_resampler(benchmark, encoder, provider):
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("provider", ["upstream", "library", "ours"])
+@pytest.mark.parametrize("provider", ["upstream", "ours"])
 @pytest.mark.parametrize("encoder", DTYPES[:1], indirect=True)
 def test_resampler_training(benchmark, encoder, provider):
     """Forward and backward into the resampler's parameters and the tokens."""

@@ -41,7 +41,8 @@ REAL_CONFIG = dict(PUBLISHED_CONFIG)
 PUBLISHED_LAYERS = 48
 LAYERS = PUBLISHED_LAYERS if DEVICE.type == "cuda" else 2
 DTYPES = ["bfloat16"] if DEVICE.type == "cuda" else ["float32", "bfloat16"]
-#: What is measured in one dtype alone is in the faster: without AMX a CPU's bfloat16 is the slower.
+#: Without AMX a CPU's bfloat16 is the slower one. In the slower dtype ours is measured against
+#: upstream alone, for time; what is measured in one dtype is in the faster.
 FASTEST = DTYPES[-1] if DEVICE.type == "cuda" or torch.cpu._is_amx_tile_supported() else DTYPES[0]
 
 if SCALE == "tiny":

@@ -36,6 +36,9 @@ def test_memory_has_a_column_for_each_provider(in_tree, run_of):
     assert "| what | upstream | ours |\n" in text
     line = "| saved for backward, per block and crop: float32 | 200 MiB | 40 MiB, 5.00x less |\n"
     assert line in text
+    rows = plotted_rows()
+    rows[-1]["extra_info"]["value"] = {"median": 500.0, "q1": 500.0, "q3": 500.0, "unit": "MiB"}
+    assert "| 200 MiB | 500 MiB, 2.50x more |\n" in report.memory([run_of(rows)])
     assert "encoder" not in text and "saved for backward" not in report.headline([run_of()])
     assert report.memory([run_of()]) == ""
 
