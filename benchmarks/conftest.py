@@ -85,7 +85,11 @@ def _driver() -> str | None:
 def pytest_benchmark_update_machine_info(config, machine_info):
     for private in ("node", "release"):  # the host's name and kernel are nobody's business
         machine_info.pop(private, None)
-    machine_info["cpu"] = {"brand_raw": _cpu_name(), "threads": torch.get_num_threads()}
+    machine_info["cpu"] = {
+        "brand_raw": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "amx": torch.cpu._is_amx_tile_supported(),  # decides how fast bfloat16 is
+    }
     machine_info["torch"] = torch.__version__
     machine_info.update({package: _version(package) for package in _PACKAGES})
     machine_info["gpu"] = None
