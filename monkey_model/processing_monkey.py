@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -61,14 +62,20 @@ class MonkeyProcessor(ProcessorMixin):
         Args:
             pretrained_model_name_or_path: directory, or name on the hub.
             kwargs: of the image processor, or transformers' own.
+
+        Raises:
+            OSError, ValueError: files that are missing or broken.
         """
         name = pretrained_model_name_or_path
-        image_processor = MonkeyImageProcessor.from_pretrained(name, **kwargs)
-        for setting in MonkeyImagesKwargs.__annotations__:
-            kwargs.pop(setting, None)
-        tokenizer = QWenTokenizer.from_pretrained(
-            name, **kwargs, image_span=image_processor.image_span
-        )
+        try:
+            image_processor = MonkeyImageProcessor.from_pretrained(name, **kwargs)
+            for setting in MonkeyImagesKwargs.__annotations__:
+                kwargs.pop(setting, None)
+            tokenizer = QWenTokenizer.from_pretrained(
+                name, **kwargs, image_span=image_processor.image_span
+            )
+        except json.JSONDecodeError as error:  # transformers names no file
+            raise ValueError(f"a settings file in {name} must be JSON: {error}") from None
         return cls(image_processor, tokenizer)
 
     def __call__(

@@ -385,3 +385,12 @@ def test_pictures_in_memory_and_by_path_are_the_same_to_the_model(
     assert torch.equal(one.logits[0], other.logits[0])
     assert torch.equal(one.sequences[:, -3:], other.sequences[:, -3:])
     assert not torch.equal(one.logits[0], swapped.logits[0])
+
+
+def test_a_broken_settings_file_is_named_by_its_directory(
+    processor: MonkeyProcessor, tmp_path: Path
+) -> None:
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("")
+    with pytest.raises(ValueError, match=f"a settings file in {tmp_path} must be JSON: Expecting"):
+        MonkeyProcessor.from_pretrained(tmp_path)
