@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.workloads import DEVICE
+from benchmarks.workloads import DEVICE, FASTEST
 
 _TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
@@ -17,6 +17,12 @@ _TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 compiled_on_gpu = pytest.mark.skipif(
     DEVICE.type == "cpu", reason="timed on a GPU only: compiling takes minutes on a CPU"
 )
+
+
+def skip_extras(provider: str, dtype: torch.dtype) -> None:
+    """In a CPU's slower dtype ours is timed against upstream alone, for time."""
+    if provider not in ("upstream", "ours") and dtype != getattr(torch, FASTEST):
+        pytest.skip(f"in {FASTEST} only, for time")
 
 
 def relative_l2(out: Tensor, expected: Tensor) -> float:

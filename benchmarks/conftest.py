@@ -21,7 +21,7 @@ _PACKAGES = ("triton", "transformers", "numpy", "pillow", "torchvision", "flash-
 _not_run = pytest.StashKey[list[dict[str, str]]]()
 _start = time.monotonic()
 
-#: Seconds after which no further benchmark starts, for a machine that is lent for a time.
+#: Seconds after which no further benchmark starts, where the time is limited (gpu.sh).
 SECONDS = float(os.environ.get("MONKEY_BENCHMARK_SECONDS", "inf"))
 
 

@@ -6,14 +6,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks.accuracy import assert_same, compiled_on_gpu
+from benchmarks.accuracy import assert_same, compiled_on_gpu, skip_extras
 from benchmarks.baselines import flash_attention, library_resampler, upstream_resampler
 from benchmarks.timing import measure
 from benchmarks.workloads import (
     CROPS,
     DEVICE,
     DTYPES,
-    FASTEST,
     INPUTS,
     OUT_WIDTH,
     QUERIES,
@@ -75,8 +74,7 @@ def _forms(encoder):
 def test_resampler(benchmark, encoder, provider):
     """Inference: resampler, ln_post and proj of one image's 5 crops."""
     dtype = encoder.proj.dtype
-    if provider in ("library", "ours, not folded") and dtype != getattr(torch, FASTEST):
-        pytest.skip(f"in {FASTEST} only, for time")
+    skip_extras(provider, dtype)
     forms, tokens = _forms(encoder.eval()), _tokens(CROPS, dtype)
     name = str(dtype).removeprefix("torch.")
     benchmark.group = f"resampler + ln_post + proj, {CROPS} crops: {name}"

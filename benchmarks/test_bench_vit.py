@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from benchmarks.accuracy import assert_same
+from benchmarks.accuracy import assert_same, skip_extras
 from benchmarks.baselines import block_banks, library_block, upstream_block
 from benchmarks.timing import measure
 from benchmarks.workloads import (
@@ -15,7 +15,6 @@ from benchmarks.workloads import (
     CROPS,
     DEVICE,
     DTYPES,
-    FASTEST,
     INPUTS,
     TOKENS,
     WIDTH,
@@ -46,8 +45,7 @@ def _by_crop(block, index):
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_block(benchmark, encoder, provider):
     block, dtype = encoder.transformer.resblocks[0], encoder.proj.dtype
-    if provider not in ("upstream", "ours") and dtype != getattr(torch, FASTEST):
-        pytest.skip(f"in {FASTEST} only, for time")
+    skip_extras(provider, dtype)
     index = encoder.adapter_index()
     torch.manual_seed(0)
     inputs = [torch.randn(CROPS, TOKENS, WIDTH, device=DEVICE, dtype=dtype) for _ in range(INPUTS)]

@@ -41,8 +41,7 @@ REAL_CONFIG = dict(PUBLISHED_CONFIG)
 PUBLISHED_LAYERS = 48
 LAYERS = PUBLISHED_LAYERS if DEVICE.type == "cuda" else 2
 DTYPES = ["bfloat16"] if DEVICE.type == "cuda" else ["float32", "bfloat16"]
-#: Without AMX a CPU's bfloat16 is the slower one. In the slower dtype ours is measured against
-#: upstream alone, for time; what is measured in one dtype is in the faster.
+#: Without AMX a CPU's bfloat16 is the slower one. What is measured in one dtype is in the faster.
 FASTEST = DTYPES[-1] if DEVICE.type == "cuda" or torch.cpu._is_amx_tile_supported() else DTYPES[0]
 
 if SCALE == "tiny":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from monkey_model.fetch import SCHEME
 from monkey_model.files import check_directory, json_lines, read_text
 from monkey_model.peft_model import MonkeyPeftModel
 from monkey_model.processing_monkey import MonkeyProcessor
-from monkey_model.prompts import GROUNDING
+from monkey_model.prompts import GROUNDING, check_no_surrogates
 
 
 @dataclass(frozen=True)
@@ -199,8 +198,7 @@ def _question(record: Any, number: int, root: Path) -> Question:
     text = record.get("question")
     if not isinstance(text, str):
         raise ValueError(f"'question' must be a string; got {text!r}")
-    if re.search("[\ud800-\udfff]", text):
-        raise ValueError("'question' must be text; got half of a surrogate pair")
+    check_no_surrogates("'question'", text)
     name = record.get("id", number)
     if type(name) not in (str, int):
         raise ValueError(f"'id' must be a string or an integer; got {name!r}")

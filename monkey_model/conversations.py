@@ -29,6 +29,7 @@ from torch.utils.data import Dataset
 from monkey_kernels.checks import check_positive_int
 from monkey_model.fetch import SCHEME, redact
 from monkey_model.files import json_lines, read_text
+from monkey_model.prompts import check_no_surrogates
 
 IGNORED = -100
 ROLES = ("user", "assistant")
@@ -148,8 +149,7 @@ def _conversation(where: str, record: Any, root: Path) -> Conversation:
         if not isinstance(text, str):
             got = type(text).__name__ if "value" in turn else f"keys {sorted(turn)}"
             raise ValueError(f"{key}['value'] must be a string; got {got}")
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise ValueError(f"{key}['value'] must be text; got half of a surrogate pair")
+        check_no_surrogates(f"{key}['value']", text)
         paths = _image_paths(f"{key}['value']", text)
         if paths and role == "assistant":
             raise ValueError(f"{key}['value'] must hold no <img>: images belong to the user")

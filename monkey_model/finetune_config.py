@@ -160,6 +160,14 @@ def check_keys(section: str, given: Iterable[str], known: Collection[str]) -> No
             raise ValueError(f"{section} has no key {key!r}{hint}")
 
 
+def _parse(text: str, expected: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())  # of several lines
+        raise ValueError(f"{expected}: {reason}") from None
+
+
 def read_mapping(path: str | Path) -> dict[str, Any]:
     """A YAML or JSON file that holds one mapping.
 
@@ -167,11 +175,11 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
         OSError: it cannot be read.
         ValueError: it is no YAML, or no mapping.
     """
+    expected = f"{path} must be YAML or JSON"
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} must be YAML or JSON: {reason}") from None
+        content = _parse(Path(path).read_text(encoding="utf-8"), expected)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{expected}: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold keys and values; got {type(content).__name__}")
     return content
@@ -205,11 +213,7 @@ def load_config(
             place = place.setdefault(section, {})
             if not isinstance(place, dict):
                 raise ValueError(f"--set {key}: {section} is no section; got {place!r}")
-        try:
-            place[last] = yaml.load(value, _Loader)
-        except yaml.YAMLError as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"--set {key} must be a YAML value; got {value!r}: {reason}") from None
+        place[last] = _parse(value, f"--set {key} must be a YAML value; got {value!r}")
     check_keys("the config", content, [f.name for f in fields(FinetuneConfig)])
     for name in ("checkpoint", "data", "output_dir"):
         if name not in content:

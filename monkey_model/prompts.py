@@ -146,6 +146,12 @@ def split(name: str, text: str, special: tuple[str, ...]) -> list[Piece]:
     return pieces
 
 
+def check_no_surrogates(name: str, text: str) -> None:
+    """Raise a ValueError, which calls ``text`` by ``name``, where JSON gave half of a character."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(f"{name} must be text; got half of a surrogate pair")
+
+
 def escape_messages(messages: Any, escape: Callable[[str], str]) -> Any:
     """A copy of chat messages, or of conversations, with ``escape`` applied to their texts."""
     messages = getattr(messages, "messages", messages)
