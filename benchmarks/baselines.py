@@ -26,8 +26,8 @@ from torch.nn import functional as F
 
 from benchmarks.workloads import DEVICE
 from monkey_kernels import CLIP_MEAN, CLIP_STD
-from monkey_model.lora import Lora_Adapter
-from monkey_model.positions import get_abs_pos
+from monkey_model.encoder.crop_adapters import Lora_Adapter
+from monkey_model.encoder.positions import get_abs_pos
 from monkey_model.visual import VisionTransformer, VisualAttentionBlock, sliding_window
 
 # ---- upstream ---------------------------------------------------------------------------------

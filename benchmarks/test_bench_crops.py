@@ -17,7 +17,7 @@ from benchmarks import baselines
 from benchmarks.timing import measure
 from benchmarks.workloads import CROPS, DEVICE, INPUTS, PHOTO_SIZES, RAGGED_SIZES, photo
 from monkey_kernels import extract_crops
-from monkey_model.images import load_image
+from monkey_model.inputs.images import load_image
 
 DTYPE = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16
 PROVIDERS = ["upstream", "torch", "torchvision", "transformers", "DALI", "CV-CUDA", "ours"]

@@ -21,7 +21,7 @@ from benchmarks.workloads import (
     parameter_bytes,
     real_encoder,
 )
-from monkey_model.lora import select_adapters
+from monkey_model.encoder.crop_adapters import select_adapters
 
 PROVIDERS = ["upstream", "library", "ours"]
 PROVIDERS += [f"{provider}, compiled" for provider in PROVIDERS]

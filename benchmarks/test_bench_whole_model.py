@@ -28,8 +28,8 @@ from benchmarks.workloads import CROPS, PUBLISHED_CONFIG, PUBLISHED_LAYERS
 from monkey_model.configuration_monkey import MonkeyConfig
 from monkey_model.freeze import freeze
 from monkey_model.modeling_monkey import MonkeyLMHeadModel
-from monkey_model.peft_model import MonkeyPeftModel
-from monkey_model.peft_presets import NOT_QUANTISED, lora_config
+from monkey_model.training.peft_model import MonkeyPeftModel
+from monkey_model.training.peft_presets import NOT_QUANTISED, lora_config
 
 PROVIDERS = ["upstream", "ours", "ours, checkpointed", "ours, checkpointed, 4-bit"]
 LENGTH = 2048

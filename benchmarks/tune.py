@@ -149,7 +149,7 @@ def tasks() -> Iterator[Task]:
 
 
 def _attention_tasks(dtype: torch.dtype, names: Sequence[str]) -> Iterator[Task]:
-    from monkey_kernels.resampler_attention import tiles
+    from monkey_kernels.resampler_attention import parameters
 
     # The interpreter's bfloat16 products are wrong.
     dtype = torch.float16 if backend.interpreting() and dtype == torch.bfloat16 else dtype
@@ -172,7 +172,7 @@ def _attention_tasks(dtype: torch.dtype, names: Sequence[str]) -> Iterator[Task]
         if backward:
             run = partial(_gradients, run(), tensors, make(crops, queries, width))
         full = f"{name}_float32" if dtype == torch.float32 else name
-        default = tiles.DEFAULTS[tiles.family(DEVICE)][full]
+        default = parameters.DEFAULTS[parameters.family(DEVICE)][full]
         tolerance = 1e-4 if dtype == torch.float32 else 1e-2
         yield Task(f"resampler_attention_{full}", default, _TILES, run, tolerance)
 
@@ -183,7 +183,7 @@ def _gradients(out: Tensor, inputs: Sequence[Tensor], out_grad: Tensor) -> Tenso
 
 
 def _crop_tasks() -> Iterator[Task]:
-    from monkey_kernels.crops import kernel
+    from monkey_kernels.crops import launch
 
     size = PHOTO_SIZES["4000x3000"] if SCALE == "real" else (40, 50)
     image = photo(*size).to(DEVICE)
@@ -198,10 +198,10 @@ def _crop_tasks() -> Iterator[Task]:
     def task(name: str, default: Any, space: dict[str, list[int]], picture: Tensor) -> Task:
         return Task(name, default, space, partial(cut, picture), 5e-3)
 
-    for name, default in kernel.UINT8_PASSES.items():
+    for name, default in launch.UINT8_PASSES.items():
         yield task(name, default, _FILTERS, image)
-    yield task("cut", kernel.CUT, _CUTS, image)
-    for name, default in kernel.FLOAT_PASSES.items():
+    yield task("cut", launch.CUT, _CUTS, image)
+    for name, default in launch.FLOAT_PASSES.items():
         yield task(name, default, _FILTERS, floats)
 
 

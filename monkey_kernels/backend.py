@@ -24,8 +24,8 @@ _MIN_CUDA_CAPABILITY = (8, 0)
 
 # The ops that have a Triton kernel, and the module that holds it.
 TRITON_KERNELS: dict[str, str] = {
-    "extract_crops": "monkey_kernels.crops.kernel",
-    "resampler_attention": "monkey_kernels.resampler_attention.kernel",
+    "extract_crops": "monkey_kernels.crops.launch",
+    "resampler_attention": "monkey_kernels.resampler_attention.launch",
 }
 OPS = ("extract_crops", "resampler_attention")
 

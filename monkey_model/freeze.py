@@ -237,7 +237,8 @@ def freeze(model: nn.Module, **flags: bool) -> FreezeReport:
 
     Call it last: after ``get_peft_model`` or ``PeftModel.from_pretrained``, which set
     ``requires_grad`` themselves, and before anything shards the model. Base weights that train
-    inside a ``PeftModel`` are saved by :class:`monkey_model.peft_model.MonkeyPeftModel` alone.
+    inside a ``PeftModel`` are saved by
+    :class:`monkey_model.training.peft_model.MonkeyPeftModel` alone.
 
     Args:
         model: a Monkey model of this project or of upstream, or either inside a ``PeftModel``; of

@@ -18,7 +18,7 @@ from monkey_kernels import CLIP_MEAN, CLIP_STD
 from monkey_kernels.checks import check_choice, check_grid, check_positive_int
 from monkey_kernels.crops.reference import FITS, INTERPOLATIONS
 from monkey_model.configuration_monkey import MonkeyConfig
-from monkey_model.images import ImageSource, load_crops
+from monkey_model.inputs.images import ImageSource, load_crops
 from monkey_model.visual import VisionTransformer
 
 # Of transformers' own keyword arguments, those that say where a checkpoint's files are.
@@ -107,8 +107,8 @@ class MonkeyImageProcessor(BaseImageProcessor):
         """Decode images and cut them into crops.
 
         Args:
-            images: an image of any kind that :func:`monkey_model.images.load_image` takes, or a
-                list of them, nested as you like.
+            images: an image of any kind that :func:`monkey_model.inputs.images.load_image` takes,
+                or a list of them, nested as you like.
             allow_urls: whether http(s) locations may be fetched.
             device: where the crops are cut, and stay.
             return_tensors: ``"np"`` for an array. By default, and with ``"pt"``, a tensor.

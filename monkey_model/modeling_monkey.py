@@ -19,8 +19,10 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from monkey_model.configuration_monkey import MonkeyConfig
-from monkey_model.images import load_image
-from monkey_model.lora import Lora_Adapter
+from monkey_model.encoder.crop_adapters import Lora_Adapter
+from monkey_model.encoder.resampler import Resampler, get_2d_sincos_pos_embed
+from monkey_model.inputs.images import load_image
+from monkey_model.inputs.spans import ImageSpan, find_spans, locate, mask_spans, read_path
 from monkey_model.modeling_qwen import (
     CACHE,
     QWenLMHeadModel,
@@ -28,8 +30,6 @@ from monkey_model.modeling_qwen import (
     QWenPreTrainedModel,
     one_cache,
 )
-from monkey_model.resampler import Resampler, get_2d_sincos_pos_embed
-from monkey_model.spans import ImageSpan, find_spans, locate, mask_spans, read_path
 from monkey_model.visual import VisionTransformer
 
 _NO_PLACE = "pixel_values need input_ids, whose image spans say where they go"

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from monkey_model.blocks import TransformerBlock, VisualAttention, VisualAttentionBlock
+from monkey_model.encoder.resampler import Resampler
+from monkey_model.encoder.vit import TransformerBlock, VisualAttention, VisualAttentionBlock
 from monkey_model.freeze import upstream_name
-from monkey_model.images import ImageSource
-from monkey_model.resampler import Resampler
+from monkey_model.inputs.images import ImageSource
 from monkey_model.visual import VisionTransformer
 
 # The modules whose code changes; everything below them is shared.

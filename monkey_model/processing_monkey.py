@@ -19,7 +19,7 @@ from monkey_model.image_processing_monkey import (
     MonkeyImagesKwargs,
     flatten_images,
 )
-from monkey_model.images import ImageSource
+from monkey_model.inputs.images import ImageSource
 from monkey_model.tokenization_qwen import QWenTokenizer
 
 

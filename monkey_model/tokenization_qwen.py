@@ -27,11 +27,11 @@ from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from monkey_kernels.checks import check_positive_int
-from monkey_model import prompts
 from monkey_model.configuration_monkey import MonkeyConfig
 from monkey_model.configuration_qwen import QWenConfig
 from monkey_model.files import atomic
-from monkey_model.prompts import (
+from monkey_model.inputs import prompts
+from monkey_model.inputs.prompts import (
     CHAT_TEMPLATE,
     ENDOFTEXT,
     GROUNDING,

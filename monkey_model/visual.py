@@ -26,11 +26,7 @@ from monkey_kernels.checks import (
     check_tensor,
 )
 from monkey_kernels.crops.reference import FITS, INTERPOLATIONS
-from monkey_model.blocks import TransformerBlock, VisualAttention, VisualAttentionBlock
-from monkey_model.cache import ParameterCache
-from monkey_model.cuda_graph import GraphedEncoder
-from monkey_model.images import ImageSource, load_crops
-from monkey_model.lora import (
+from monkey_model.encoder.crop_adapters import (
     AdapterSelection,
     Lora_Adapter,
     check_adapter_index,
@@ -38,8 +34,12 @@ from monkey_model.lora import (
     merge_adapters,
     select_adapters,
 )
-from monkey_model.positions import get_2d_sincos_pos_embed, get_abs_pos, resized_positions
-from monkey_model.resampler import Resampler
+from monkey_model.encoder.cuda_graph import GraphedEncoder
+from monkey_model.encoder.parameter_cache import ParameterCache
+from monkey_model.encoder.positions import get_2d_sincos_pos_embed, get_abs_pos, resized_positions
+from monkey_model.encoder.resampler import Resampler
+from monkey_model.encoder.vit import TransformerBlock, VisualAttention, VisualAttentionBlock
+from monkey_model.inputs.images import ImageSource, load_crops
 
 __all__ = [
     "Lora_Adapter",
@@ -302,7 +302,7 @@ class VisionTransformer(nn.Module):
     ) -> GraphedEncoder:
         """:meth:`encode_crops` for a fixed number of images as one CUDA graph, for inference.
 
-        The arguments and errors are those of :class:`monkey_model.cuda_graph.GraphedEncoder`.
+        The arguments and errors are :class:`monkey_model.encoder.cuda_graph.GraphedEncoder`'s.
         """
         return GraphedEncoder(self, images, adapter_index)
 
@@ -431,7 +431,7 @@ class VisionTransformer(nn.Module):
 
         Args:
             images: paths, PIL images, encoded bytes, numpy arrays and tensors, mixed as you like;
-                see :func:`monkey_model.images.load_image`.
+                see :func:`monkey_model.inputs.images.load_image`.
             adapter_index: the adapter of each of the crops_per_image crops; by default local crop
                 i uses adapter i and the global crop none.
             crop_chunk: crops in one pass of the ViT. By default all on a GPU, one on the CPU, where

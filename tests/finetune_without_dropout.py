@@ -1,7 +1,8 @@
 """``monkey finetune``, with adapters that drop nothing: processes draw other random numbers."""
 
-from monkey_model import cli, lora
+from monkey_model.commands.__main__ import main
+from monkey_model.encoder.crop_adapters import Lora_Adapter
 
-rank, _dropout = lora.Lora_Adapter.__init__.__defaults__
-lora.Lora_Adapter.__init__.__defaults__ = (rank, 0.0)
-cli.main()
+rank, _dropout = Lora_Adapter.__init__.__defaults__
+Lora_Adapter.__init__.__defaults__ = (rank, 0.0)
+main()

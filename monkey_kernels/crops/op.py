@@ -62,7 +62,7 @@ def _extract_crops(
     settings = (images, (grid[0], grid[1]), crop_size, interpolation, fit, mean, std, dtype, layout)
     if backend.resolve("extract_crops", images[0].device) == "triton":
         # Here alone: the package imports without Triton.
-        from monkey_kernels.crops.kernel import extract_crops_triton
+        from monkey_kernels.crops.launch import extract_crops_triton
 
         return extract_crops_triton(*settings)
     for index, image in enumerate(images):

@@ -57,7 +57,7 @@ def _resampler_attention(
     """
     unsupported = _why_unsupported(query, num_heads)
     if backend.resolve("resampler_attention", query.device, unsupported) == "triton":
-        from monkey_kernels.resampler_attention.kernel import attention_forward
+        from monkey_kernels.resampler_attention.launch import attention_forward
 
         return attention_forward(query, key, value, num_heads, key_scale, score_bias)
     # The dtypes are settled (see the public function): autocast must not narrow what is inside.
@@ -93,7 +93,7 @@ def _resampler_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     unsupported = _why_unsupported(query, num_heads)
     if backend.resolve("resampler_attention", query.device, unsupported) == "triton":
-        from monkey_kernels.resampler_attention.kernel import attention_backward
+        from monkey_kernels.resampler_attention.launch import attention_backward
 
         return attention_backward(grad, query, key, value, out, lse, num_heads)
     with torch.autocast(query.device.type, enabled=False):

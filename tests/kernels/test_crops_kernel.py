@@ -16,7 +16,7 @@ from monkey_kernels.crops.reference import extract_crops_reference, place, verti
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
-from monkey_kernels.crops import filter_kernel, kernel  # noqa: E402
+from monkey_kernels.crops import filter_kernel, launch  # noqa: E402
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -273,7 +273,7 @@ def test_images_that_exceed_the_scratch_are_split_over_launches(monkeypatch):
     images = [photo(30, 50, seed) for seed in range(5)]
     whole = run(images, crop_size=8)
     scratch = 3 * 16 * 32  # of an image: 16 columns of 30 lines, padded
-    monkeypatch.setattr(kernel, "SCRATCH_BYTES", 2 * scratch)
+    monkeypatch.setattr(launch, "SCRATCH_BYTES", 2 * scratch)
     assert torch.equal(run(images, crop_size=8), whole)
     settings = ((16, 16), "bilinear", "stretch", (8, 8), (8, 8), 2 * scratch)
     assert [group.images for group in plan.make_plan(images, *settings).groups] == [2, 2, 1]
@@ -340,7 +340,7 @@ MESSAGES = {
 
 @pytest.mark.parametrize("name", BAD_INPUT)
 def test_bad_input_is_refused_before_a_launch(name, monkeypatch):
-    monkeypatch.setattr(kernel, "make_plan", None)
+    monkeypatch.setattr(launch, "make_plan", None)
     images, settings = BAD_INPUT[name]
     with pytest.raises((TypeError, ValueError), match=MESSAGES[name]):
         run(images, **settings)

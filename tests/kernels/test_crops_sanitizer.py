@@ -23,7 +23,7 @@ from tilelens.clients.sanitizer.sanitizer import SymbolicSanitizer  # noqa: E402
 from tilelens.core.patch import _frontend  # noqa: E402
 from triton.runtime.interpreter import InterpreterBuilder, interpreter_builder  # noqa: E402
 
-from monkey_kernels.crops import kernel  # noqa: E402
+from monkey_kernels.crops import launch  # noqa: E402
 
 INTERPOLATIONS, FITS = ("bilinear", "bicubic"), ("stretch", "crop", "pad")
 
@@ -82,7 +82,7 @@ def owned(monkeypatch):
         return store(self, pointers, value, mask, *args)
 
     monkeypatch.setattr(torch, "empty", tracked)
-    monkeypatch.setattr(kernel, "make_plan", tracked_plan)
+    monkeypatch.setattr(launch, "make_plan", tracked_plan)
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", checked_load)
     monkeypatch.setattr(InterpreterBuilder, "create_masked_store", checked_store)
     return tensors
@@ -141,7 +141,7 @@ def sanitizer(monkeypatch):
     load = originals["create_masked_load"]
     monkeypatch.setitem(originals, "create_masked_load", lambda *args: load(*args[:arguments]))
     client = Sanitizer(abort_on_error=False)
-    monkeypatch.setattr(kernel, "cut_kernel", tilelens.trace(client)(kernel.cut_kernel))
+    monkeypatch.setattr(launch, "cut_kernel", tilelens.trace(client)(launch.cut_kernel))
     return client
 
 

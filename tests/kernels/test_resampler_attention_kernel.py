@@ -11,13 +11,13 @@ from numerics import check_error, nan_filled
 from torch import Tensor
 
 from monkey_kernels import resampler_attention, use_backend
-from monkey_kernels.resampler_attention import tiles
+from monkey_kernels.resampler_attention import parameters
 from monkey_kernels.resampler_attention.reference import (
     log_sum_exp_reference,
     resampler_attention_reference,
 )
 
-kernel = pytest.importorskip("monkey_kernels.resampler_attention.kernel", exc_type=ImportError)
+kernel = pytest.importorskip("monkey_kernels.resampler_attention.launch", exc_type=ImportError)
 op = torch.ops.monkey_kernels.resampler_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -245,9 +245,9 @@ def test_auto_is_the_kernel_on_a_gpu() -> None:
     assert torch.equal(auto, run_kernel(inputs, 2)[0])
 
 
-@pytest.mark.parametrize("gpus", tiles.DEFAULTS)
+@pytest.mark.parametrize("gpus", parameters.DEFAULTS)
 def test_default_tiles_are_what_triton_takes(gpus: str) -> None:
-    for name, tile in tiles.DEFAULTS[gpus].items():
+    for name, tile in parameters.DEFAULTS[gpus].items():
         for value in (tile.block_m, tile.block_n, tile.num_warps, tile.num_stages):
             assert value & (value - 1) == 0, name
         assert min(tile.block_m, tile.block_n) >= 16, name
@@ -262,7 +262,7 @@ def test_each_dtype_has_its_tile(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append(kernel_name)
         return default
 
-    monkeypatch.setattr(tiles, "launch_parameters", parameters)
+    monkeypatch.setattr(parameters, "launch_parameters", parameters)
     run_kernel(make_inputs(1, 1, 3, 5, 16, torch.float16, DEVICE), 1)
     run_kernel(make_inputs(1, 1, 3, 5, 16, torch.float32, DEVICE), 1)
     names = ["forward", "grad_query", "grad_key_value"]

@@ -24,7 +24,7 @@ pytestmark = [
 ]
 tilelens = pytest.importorskip("tilelens")
 z3 = pytest.importorskip("z3")
-kernel = pytest.importorskip("monkey_kernels.resampler_attention.kernel", exc_type=ImportError)
+kernel = pytest.importorskip("monkey_kernels.resampler_attention.launch", exc_type=ImportError)
 from tilelens.clients import RaceDetector, Sanitizer  # noqa: E402
 from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
 

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from monkey_model.ask import Asker, Question, answer_file, read_questions, unanswered
-from monkey_model.cli import app
-from monkey_model.peft_model import MonkeyPeftModel
-from monkey_model.peft_presets import lora_config
+from monkey_model.commands.__main__ import app
+from monkey_model.serving.answer import Asker, Question, answer_file, read_questions, unanswered
+from monkey_model.training.peft_model import MonkeyPeftModel
+from monkey_model.training.peft_presets import lora_config
 from tests.tiny_checkpoint import COLOURS, write_checkpoint, write_data
 
 

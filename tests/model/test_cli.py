@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from monkey_model.checkpoint import PREFIX
-from monkey_model.cli import app
+from monkey_model.commands.__main__ import app
 from tests.golden import load_golden, relative_l2
 from tests.model.test_visual import SMALL, small_encoder
 
@@ -238,7 +238,7 @@ def test_help_is_quick_and_shows_no_traceback():
     """Without torch: a blocked import would fail."""
     program = (
         "import sys; sys.modules['torch'] = None; sys.argv = ['monkey', 'encode', '--help']\n"
-        "from monkey_model.cli import main; main()\n"
+        "from monkey_model.commands.__main__ import main; main()\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], check=True, capture_output=True, text=True

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from monkey_model.conversations import (
+from monkey_model.training.conversations import (
     IGNORED,
     ConversationCollator,
     ConversationDataset,

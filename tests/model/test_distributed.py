@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from monkey_model.finetune_config import launch_arguments
+from monkey_model.training.config import launch_arguments
 from tests.tiny_checkpoint import write_checkpoint, write_data
 
 ROOT = Path(__file__).parents[2]

@@ -12,26 +12,26 @@ from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from monkey_model import finetune as module
-from monkey_model.cli import app
+from monkey_model.commands.__main__ import app
 from monkey_model.configuration_monkey import MonkeyConfig
-from monkey_model.finetune import (
-    COMPLETE,
-    checkpoints,
-    draw_loss_curve,
-    finetune,
-    last_complete_checkpoint,
-)
-from monkey_model.finetune_config import (
+from monkey_model.freeze import upstream_name
+from monkey_model.modeling_monkey import MonkeyLMHeadModel
+from monkey_model.training import finetune as module
+from monkey_model.training.config import (
     RECIPE,
     FinetuneConfig,
     launch_arguments,
     load_config,
     training_arguments,
 )
-from monkey_model.freeze import upstream_name
-from monkey_model.modeling_monkey import MonkeyLMHeadModel
-from monkey_model.peft_model import MonkeyPeftModel
+from monkey_model.training.finetune import (
+    COMPLETE,
+    checkpoints,
+    draw_loss_curve,
+    finetune,
+    last_complete_checkpoint,
+)
+from monkey_model.training.peft_model import MonkeyPeftModel
 from monkey_model.visual import VisionTransformer
 from tests.tiny_checkpoint import write_checkpoint, write_data
 

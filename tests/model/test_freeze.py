@@ -14,7 +14,7 @@ from torch import nn
 from monkey_model.configuration_monkey import MonkeyConfig
 from monkey_model.freeze import FLAGS, PARTS, freeze, freeze_report, part_of, trainable_names
 from monkey_model.modeling_monkey import MonkeyLMHeadModel
-from monkey_model.peft_presets import lora_config
+from monkey_model.training.peft_presets import lora_config
 from tests.stock import StockModel
 from tests.tiny import tiny_batch, tiny_model
 

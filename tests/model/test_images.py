@@ -18,9 +18,9 @@ import pytest
 import torch
 from PIL import ExifTags, Image, ImageOps
 
-from monkey_model import fetch as fetching
-from monkey_model import images
-from monkey_model.images import load_image
+from monkey_model.inputs import fetch as fetching
+from monkey_model.inputs import images
+from monkey_model.inputs.images import load_image
 
 RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 GREY = RGB[..., 0]

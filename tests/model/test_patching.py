@@ -11,7 +11,7 @@ from torch import nn
 
 from monkey_model.freeze import freeze
 from monkey_model.patching import patch_visual, unpatch_visual
-from monkey_model.peft_presets import lora_config
+from monkey_model.training.peft_presets import lora_config
 from monkey_model.visual import VisionTransformer
 from tests.golden import DATA
 from tests.stock import StockModel, image_ids
@@ -225,7 +225,7 @@ def test_addresses_in_prompts(stock, monkeypatch):
         fetched.append(source)
         return (DATA / IMAGE).read_bytes()
 
-    monkeypatch.setattr("monkey_model.images.fetch", fetch)
+    monkeypatch.setattr("monkey_model.inputs.images.fetch", fetch)
     url = "http://a.b/c.jpg"
     ids = image_ids(url)
     patch_visual(stock)

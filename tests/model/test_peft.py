@@ -15,8 +15,8 @@ from transformers import BitsAndBytesConfig
 
 from monkey_model.freeze import freeze, freeze_report
 from monkey_model.modeling_monkey import MonkeyLMHeadModel
-from monkey_model.peft_model import BASE_WEIGHTS, MonkeyPeftModel
-from monkey_model.peft_presets import NOT_QUANTISED, TARGETS, lora_config
+from monkey_model.training.peft_model import BASE_WEIGHTS, MonkeyPeftModel
+from monkey_model.training.peft_presets import NOT_QUANTISED, TARGETS, lora_config
 from tests.golden import relative_l2
 from tests.stock import StockModel
 from tests.tiny import tiny_batch, tiny_model
@@ -307,7 +307,7 @@ def test_failed_write_leaves_the_last_one(tmp_path, monkeypatch):
         Path(path).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("monkey_model.peft_model.save_file", fail)
+    monkeypatch.setattr("monkey_model.training.peft_model.save_file", fail)
     move_everything_trained(model)
     with pytest.raises(OSError, match="disk full"):
         model.save_pretrained(tmp_path)

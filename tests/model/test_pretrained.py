@@ -17,9 +17,9 @@ from transformers.utils.logging import warning_once
 from monkey_model.checkpoint import load_model, load_visual
 from monkey_model.configuration_monkey import MonkeyConfig
 from monkey_model.configuration_qwen import QWenConfig
+from monkey_model.encoder.resampler import get_2d_sincos_pos_embed
 from monkey_model.modeling_monkey import MonkeyLMHeadModel, MonkeyModel
 from monkey_model.modeling_qwen import QWenLMHeadModel
-from monkey_model.resampler import get_2d_sincos_pos_embed
 from tests.golden import DATA, load_golden_lm
 from tests.tiny import left_pad, pixels, span, tiny_config, tiny_model
 

@@ -11,9 +11,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from benchmarks.memory import saved_for_backward, total_bytes
-from monkey_model import folded as folded_module
-from monkey_model import resampler as resampler_module
-from monkey_model.resampler import Resampler, get_abs_pos
+from monkey_model.encoder import folded_resampler as folded_module
+from monkey_model.encoder import resampler as resampler_module
+from monkey_model.encoder.resampler import Resampler, get_abs_pos
 from tests.golden import load_golden, relative_l2
 
 SMALL = {"grid_size": 4, "embed_dim": 256, "num_heads": 2, "kv_dim": 96}

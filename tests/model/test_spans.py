@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from monkey_model.inputs.spans import find_spans, mask_spans
 from monkey_model.modeling_monkey import MonkeyLMHeadModel
-from monkey_model.spans import find_spans, mask_spans
 from tests.golden import DATA
 from tests.tiny import CROPS, END, IMG, PAD, QUERIES, SIDE, left_pad, pixels, span, tiny_model
 
@@ -137,7 +137,7 @@ def test_what_is_no_path(model, ids):
 
 def test_a_url_is_fetched_only_where_the_model_says_so(model, monkeypatch):
     picture = (DATA / "A_image0.jpg").read_bytes()
-    monkeypatch.setattr("monkey_model.images.fetch", lambda *args: picture)
+    monkeypatch.setattr("monkey_model.inputs.images.fetch", lambda *args: picture)
     ids = torch.tensor([span("http://a.io/b.jpg")])
     crops = model.transformer.visual.extract_crops([picture])[None]
     for root in (None, "/nowhere"):

@@ -16,9 +16,9 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from monkey_model.freeze import freeze, upstream_name
-from monkey_model.peft_model import MonkeyPeftModel
-from monkey_model.peft_presets import lora_config
-from monkey_model.unfreeze import ProgressiveUnfreeze
+from monkey_model.training.peft_model import MonkeyPeftModel
+from monkey_model.training.peft_presets import lora_config
+from monkey_model.training.unfreeze import ProgressiveUnfreeze
 from tests import tiny
 from tests.tiny import tiny_batch
 
@@ -211,7 +211,7 @@ def test_gradient_accumulation(tmp_path):
 
 
 def test_python_log(tmp_path, caplog):
-    caplog.set_level(logging.INFO, logger="monkey_model.unfreeze")
+    caplog.set_level(logging.INFO, logger="monkey_model.training.unfreeze")
     trainer, _ = make_trainer(tmp_path, max_steps=3)
     trainer.train()
     assert caplog.messages == ["step 2: the last 1 LLM blocks train"]
@@ -329,7 +329,7 @@ def test_peft_that_would_not_save_the_blocks(tmp_path):
 @pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.FSDP])
 def test_sharded_optimizers_are_refused(tmp_path, monkeypatch, kind):
     state = SimpleNamespace(distributed_type=kind)
-    monkeypatch.setattr("monkey_model.unfreeze.AcceleratorState", lambda: state)
+    monkeypatch.setattr("monkey_model.training.unfreeze.AcceleratorState", lambda: state)
     with pytest.raises(ValueError, match=rf"one process or DDP; got {kind.value}"):
         make_trainer(tmp_path)
 

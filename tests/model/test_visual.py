@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from monkey_kernels.crops import reference
-from monkey_model.lora import adapter_bank, select_adapters, with_adapters
+from monkey_model.encoder.crop_adapters import adapter_bank, select_adapters, with_adapters
 from monkey_model.visual import (
     Lora_Adapter,
     Resampler,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from monkey_model.cuda_graph import GraphedEncoder
+from monkey_model.encoder.cuda_graph import GraphedEncoder
 from tests.golden import assert_tokens_match, load_golden, relative_l2
 from tests.model.small import small_encoder
 from tests.numerics import check_error
@@ -192,7 +192,7 @@ def test_a_merge_that_cannot_be_done_changes_nothing():
 
 
 def resized_tables(monkeypatch) -> list[int]:
-    import monkey_model.positions as positions
+    import monkey_model.encoder.positions as positions
 
     calls: list[int] = []
     resize = positions.F.interpolate

@@ -12,7 +12,7 @@ import torch
 from benchmarks import baselines
 from benchmarks.memory import saved_for_backward, total_bytes
 from benchmarks.workloads import real_blocks
-from monkey_model.blocks import CHECKPOINT_EVERY, VisualAttentionBlock
+from monkey_model.encoder.vit import CHECKPOINT_EVERY, VisualAttentionBlock
 from monkey_model.visual import VisionTransformer
 from tests.golden import load_golden, relative_l2
 from tests.model.small import small_encoder

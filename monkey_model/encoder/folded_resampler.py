@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from monkey_kernels import resampler_attention
 
 if TYPE_CHECKING:
-    from monkey_model.resampler import Resampler
+    from monkey_model.encoder.resampler import Resampler
 
 
 # Of the triangle R. 4 take half the time of the whole square on a CPU, 8 are hardly faster.

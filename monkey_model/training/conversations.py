@@ -27,9 +27,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from monkey_kernels.checks import check_positive_int
-from monkey_model.fetch import SCHEME, redact
 from monkey_model.files import json_lines, read_text
-from monkey_model.prompts import check_no_surrogates
+from monkey_model.inputs.fetch import SCHEME, redact
+from monkey_model.inputs.prompts import check_no_surrogates
 
 IGNORED = -100
 ROLES = ("user", "assistant")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from monkey_model.cache import ParameterCache
+from monkey_model.encoder.parameter_cache import ParameterCache
 
 
 def get_abs_pos(abs_pos: Tensor, tgt_size: int) -> Tensor:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from monkey_kernels.checks import check_divides
-from monkey_model.lora import AdapterSelection, adapter_bank, with_adapters
+from monkey_model.encoder.crop_adapters import AdapterSelection, adapter_bank, with_adapters
 
 #: Blocks between two inputs that gradient checkpointing keeps. The kept inputs and what the blocks
 #: in between keep while they are run again are smallest together at 2 to 4 of 48 blocks.

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from monkey_model.fetch import redact
+from monkey_model.inputs.fetch import redact
 
 if TYPE_CHECKING:
     import torch

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from monkey_kernels.checks import check_positive_int
 from monkey_model.checkpoint import load_model
-from monkey_model.fetch import SCHEME
 from monkey_model.files import check_directory, json_lines, read_text
-from monkey_model.peft_model import MonkeyPeftModel
+from monkey_model.inputs.fetch import SCHEME
+from monkey_model.inputs.prompts import GROUNDING, check_no_surrogates
 from monkey_model.processing_monkey import MonkeyProcessor
-from monkey_model.prompts import GROUNDING, check_no_surrogates
+from monkey_model.training.peft_model import MonkeyPeftModel
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Question:
 
     Args:
         text: the question.
-        images: anything that :func:`monkey_model.images.load_image` takes.
+        images: anything that :func:`monkey_model.inputs.images.load_image` takes.
         id: what an answer file calls it.
     """
 

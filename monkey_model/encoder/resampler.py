@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from monkey_kernels import resampler_attention
 from monkey_kernels.checks import check_divides
-from monkey_model.cache import ParameterCache
-from monkey_model.folded import FoldedResampler, fold_resampler
-from monkey_model.positions import get_2d_sincos_pos_embed, get_abs_pos, resized_positions
+from monkey_model.encoder.folded_resampler import FoldedResampler, fold_resampler
+from monkey_model.encoder.parameter_cache import ParameterCache
+from monkey_model.encoder.positions import get_2d_sincos_pos_embed, get_abs_pos, resized_positions
 
 
 class Resampler(nn.Module):
@@ -73,7 +73,7 @@ class Resampler(nn.Module):
             nn.init.zeros_(module.bias)
 
     def fold(self, enabled: bool = True) -> Resampler:
-        """Allow (the default) or forbid the folded form; see :mod:`monkey_model.folded`.
+        """Allow (the default) or forbid the folded form of ``folded_resampler.py``.
 
         Where it is allowed, it runs in eval mode while gradients are off, on plain modules: not
         where an adapter or a quantised layer wraps a projection, or a hook watches one. It is built

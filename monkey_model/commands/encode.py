@@ -1,10 +1,8 @@
-"""The command line: ``monkey encode`` and ``monkey doctor``; the others are in ``cli_model``."""
+"""``monkey encode``: pictures in, files of visual tokens out."""
 
 from __future__ import annotations
 
 import os
-import platform
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from enum import Enum
@@ -12,15 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
-from monkey_model import cli_model
-from monkey_model.console import (
+from monkey_model.commands.console import (
     DeviceOption,
     DTypeOption,
     default_dtype,
     err_console,
-    out_console,
     progress_bar,
     report,
     say,
@@ -34,17 +29,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from monkey_model.visual import VisionTransformer
-
-# torch takes seconds to import, so `monkey --help` does without: it is imported where it is used.
-
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="The Monkey multimodal model and its visual encoder.",
-)
-for command in (cli_model.ask, cli_model.finetune, cli_model.merge):
-    app.command()(command)
 
 # A stand-in for people without a checkpoint: the real head widths and token count, few weights.
 SEEDED_CONFIG: dict[str, Any] = {
@@ -171,7 +155,6 @@ def draw_crops(crops: Tensor, grid: tuple[int, int], adapters: Sequence[int | No
     return picture
 
 
-@app.command()
 def encode(
     images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Pictures to encode.")],
     checkpoint: Annotated[
@@ -290,7 +273,7 @@ def _decode_batch(
     failed: list[str],
 ) -> list[tuple[str, Path, Tensor]]:
     """The images that can be read, and where their tokens go; the others are reported."""
-    from monkey_model.images import load_image
+    from monkey_model.inputs.images import load_image
 
     enough = encoder.canvas_size if fast_decode else None
     decoded = []
@@ -326,53 +309,3 @@ def _save(
         return
     shape = " x ".join(str(length) for length in tokens.shape)
     say(err_console, f"{shown(name)}: {shape} visual tokens -> {shown(str(path))}")
-
-
-@app.command()
-def doctor() -> None:
-    """Print versions, devices, and which kernels can run here."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    import torch
-
-    from monkey_kernels import backend_report
-    from monkey_kernels.backend import ENVIRONMENT_VARIABLE, requested_backend
-
-    try:
-        backend = requested_backend()
-    except ValueError as error:
-        report(str(error))
-        raise typer.Exit(2) from None
-    versions = Table("package", "version", title="Versions")
-    versions.add_row("python", platform.python_version())
-    for package in ("monkey-vision", "torch", "triton", "transformers", "peft", "pillow"):
-        try:
-            versions.add_row(package, version(package))
-        except PackageNotFoundError:
-            versions.add_row(package, "not installed")
-    devices = Table("device", "name", "memory", title="Devices")
-    devices.add_row("cpu", platform.processor() or platform.machine(), "")
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        memory = f"{properties.total_memory / 2**30:.0f} GiB"
-        devices.add_row(f"cuda:{index}", properties.name, memory)
-    kernels = Table("op", "device", "auto runs", "Triton", title="Kernels")
-    for row in backend_report():
-        kernels.add_row(row.op, row.device, row.auto, row.why_not_triton or "can run")
-    for table in (versions, devices, kernels):
-        out_console.print(table)
-    say(out_console, f"{ENVIRONMENT_VARIABLE}: {backend}")
-
-
-def main() -> None:
-    """Entry point of the ``monkey`` command."""
-    try:
-        app()
-    except OSError as error:  # of the terminal or pipe: the commands report all others
-        # Python would complain again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1 if isinstance(error, BrokenPipeError) else f"Error: output: {error}")
-
-
-if __name__ == "__main__":
-    main()

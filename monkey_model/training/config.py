@@ -3,7 +3,7 @@
 ::
 
     checkpoint: checkpoints/monkey      # directory: weights, config and tokenizer
-    data: train.json                    # see monkey_model.conversations
+    data: train.json                    # see monkey_model.training.conversations
     output_dir: runs/first
     mode: lora                          # lora | full | frozen
     training:                           # transformers.TrainingArguments
@@ -86,25 +86,25 @@ class FinetuneConfig:
 
     Args:
         checkpoint: directory of the model to start from.
-        data: file of conversations; see :func:`monkey_model.conversations.read_conversations`.
+        data: file of conversations; see ``conversations.read_conversations``.
         output_dir: gets ``checkpoint-STEP/``, ``model/``, ``merged/`` and ``loss.png``.
         mode: ``"lora"`` trains LoRA in the LLM, the per-crop adapters of the ViT and the
             resampler; ``"frozen"`` the same without LoRA in the LLM; ``"full"`` everything.
         freeze: flags of :func:`monkey_model.freeze.freeze` that outrank those of the mode.
         lora: arguments of the LoRA preset, in mode ``"lora"``.
-        unfreeze: arguments of :class:`monkey_model.unfreeze.ProgressiveUnfreeze`, if wanted.
+        unfreeze: arguments of ``unfreeze.ProgressiveUnfreeze``, if wanted.
         eval_data: conversations to evaluate on; ``training.eval_strategy`` says when.
         image_root: folder of relative image paths; by default that of each file of conversations.
         model_max_length: longest sequence in tokens; an image takes 1282. Upstream trains with
             2048, 4096 or 8192.
         truncate_text: cut longer conversations at their end; see
-            :func:`monkey_model.conversations.encode_conversation`.
+            :func:`monkey_model.training.conversations.encode_conversation`.
         dtype: of the arithmetic: ``"bfloat16"``, ``"float16"`` or ``"float32"``. Frozen weights
             are kept in it too; what trains is kept in float32.
         quantization: frozen weights in ``"4bit"`` or ``"8bit"`` (bitsandbytes).
         gradient_checkpointing: in LLM and ViT.
         launch: how processes share the work: ``"ddp"``, ``"fsdp2"``, ``"zero2"``, ``"zero3"`` (the
-            files of ``monkey_model/launch``), or a file of your own like them.
+            files of ``monkey_model/training/launch``), or a file of your own like them.
         merge: also write a checkpoint in upstream's layout, LoRA merged.
         training: ``transformers.TrainingArguments`` that outrank :data:`RECIPE` and ``launch``.
 
@@ -229,7 +229,7 @@ def launch_arguments(launch: str) -> dict[str, Any]:
     Raises:
         ValueError: neither a shipped name nor a file.
     """
-    shipped = files("monkey_model") / "launch"
+    shipped = files("monkey_model.training") / "launch"
     names = sorted(Path(str(file)).stem for file in shipped.iterdir())
     if launch in names:
         return read_mapping(str(shipped / f"{launch}.yaml"))

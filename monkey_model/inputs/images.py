@@ -21,7 +21,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from monkey_kernels import extract_crops
-from monkey_model.fetch import SCHEME, fetch, redact
+from monkey_model.inputs.fetch import SCHEME, fetch, redact
 
 ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
 

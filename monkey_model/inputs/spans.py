@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from monkey_model.fetch import SCHEME
+from monkey_model.inputs.fetch import SCHEME
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def confine(path: str, root: str | os.PathLike[str]) -> str:
 
 
 def locate(path: str, root: str | os.PathLike[str] | None) -> str:
-    """What :func:`monkey_model.images.load_image` is to open for a path of a prompt.
+    """What :func:`monkey_model.inputs.images.load_image` is to open for a path of a prompt.
 
     Web addresses stay what they are: whether they may be fetched is for ``load_image`` to say.
     """

@@ -39,7 +39,7 @@ from monkey_kernels.resampler_attention.backward_kernel import (
     grad_query_kernel,
 )
 from monkey_kernels.resampler_attention.forward_kernel import forward_kernel
-from monkey_kernels.resampler_attention.tiles import (
+from monkey_kernels.resampler_attention.parameters import (
     CROP_GROUPS,
     TARGETS,
     Tile,

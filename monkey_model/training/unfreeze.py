@@ -25,7 +25,7 @@ from transformers.training_args import ParallelMode
 
 from monkey_kernels.checks import check_choice, check_positive_int
 from monkey_model.freeze import upstream_name
-from monkey_model.peft_model import MonkeyPeftModel
+from monkey_model.training.peft_model import MonkeyPeftModel
 
 logger = logging.getLogger(__name__)
 

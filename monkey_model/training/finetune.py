@@ -33,14 +33,18 @@ from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer_utils import rotate_checkpoints
 
 from monkey_model.checkpoint import load_model
-from monkey_model.conversations import ConversationCollator, ConversationDataset, read_conversations
 from monkey_model.files import atomic, atomic_directory, check_directory
-from monkey_model.finetune_config import FinetuneConfig, training_arguments
 from monkey_model.freeze import FreezeReport, freeze
-from monkey_model.peft_model import MonkeyPeftModel
-from monkey_model.peft_presets import NOT_QUANTISED, lora_config
 from monkey_model.processing_monkey import MonkeyProcessor
-from monkey_model.unfreeze import ProgressiveUnfreeze
+from monkey_model.training.config import FinetuneConfig, training_arguments
+from monkey_model.training.conversations import (
+    ConversationCollator,
+    ConversationDataset,
+    read_conversations,
+)
+from monkey_model.training.peft_model import MonkeyPeftModel
+from monkey_model.training.peft_presets import NOT_QUANTISED, lora_config
+from monkey_model.training.unfreeze import ProgressiveUnfreeze
 
 logger = logging.getLogger(__name__)
 

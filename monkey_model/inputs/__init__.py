@@ -1,0 +1,1 @@
+"""What goes in: images, prompts, and where one stands in the other."""
