@@ -258,11 +258,11 @@ def test_default_tiles_are_what_triton_takes(gpus: str) -> None:
 def test_each_dtype_has_its_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def parameters(kernel_name: str, default: Any, device: torch.device) -> Any:
+    def defaults(kernel_name: str, default: Any, device: torch.device) -> Any:
         asked.append(kernel_name)
         return default
 
-    monkeypatch.setattr(parameters, "launch_parameters", parameters)
+    monkeypatch.setattr(parameters, "launch_parameters", defaults)
     run_kernel(make_inputs(1, 1, 3, 5, 16, torch.float16, DEVICE), 1)
     run_kernel(make_inputs(1, 1, 3, 5, 16, torch.float32, DEVICE), 1)
     names = ["forward", "grad_query", "grad_key_value"]
