@@ -16,19 +16,24 @@ Upstream's recipes, and what is kept of them:
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
-#: What a report groups parameters by.
-PARTS = ("LLM", "embeddings and head", "LLM LoRA", "ViT", "ViT adapters", "resampler")
+from monkey_model.parameter_names import (
+    PARTS,
+    is_frozen_twin,
+    is_peft_lora,
+    part_of,
+    peft_adapter,
+)
+
+if TYPE_CHECKING:
+    from rich.box import Box
+    from rich.table import Table
 
 #: Every flag of :func:`freeze` and its default: the published recipe.
 FLAGS: Mapping[str, bool] = MappingProxyType(
@@ -40,45 +45,6 @@ FLAGS: Mapping[str, bool] = MappingProxyType(
         "train_llm_lora": True,
     }
 )
-
-# The leftmost match counts: the ViT has a "transformer" of its own.
-_PLACE = re.compile(r"(?:^|\.)(?:transformer\.(?P<child>visual|h|wte|ln_f)|lm_head)\.")
-# What peft adds for an adapter; upstream's own adapters are `lora_a`, `lora_b` and `lora_scale`.
-_PEFT_LORA = re.compile(
-    r"\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)\.(?P<adapter>[^.]+)"
-)
-_PEFT_COPY = re.compile(r"\.modules_to_save\.(?P<adapter>[^.]+)")
-_TWIN = ".original_module."  # the frozen twin of such a copy
-
-
-def part_of(name: str) -> str | None:
-    """The part, one of :data:`PARTS`, that a parameter belongs to; None if it is no part of Monkey.
-
-    ``name`` is that of upstream's layout, with any prefix (``module.``, ``base_model.model.``) and
-    with peft's wrappers inside (``base_layer``, ``modules_to_save``, ``lora_A``).
-    """
-    place = _PLACE.search(name)
-    if place is None:
-        return None
-    if place["child"] == "visual":
-        if name.startswith("attn_pool.", place.end()):
-            return "resampler"
-        return "ViT adapters" if "lora" in name else "ViT"
-    if "lora" in name:
-        return "LLM LoRA"
-    return "LLM" if place["child"] in ("h", "ln_f") else "embeddings and head"
-
-
-def upstream_name(name: str) -> str | None:
-    """Upstream's name of a base weight, without prefixes and peft's ``base_layer``.
-
-    None for what is no base weight: peft's LoRA, its copies of ``modules_to_save`` and their frozen
-    twins, and what is no part of Monkey.
-    """
-    place = _PLACE.search(name)
-    if place is None or _PEFT_LORA.search(name) or _PEFT_COPY.search(name) or _TWIN in name:
-        return None
-    return name[place.start() :].lstrip(".").replace(".base_layer.", ".")
 
 
 def trainable_names(
@@ -104,19 +70,18 @@ def trainable_names(
         "resampler": on["train_resampler"],
     }
     parts = {name: _known_part(name) for name in names}
-    resampler_lora = any(parts[n] == "resampler" and _PEFT_LORA.search(n) for n in names)
+    resampler_lora = any(parts[name] == "resampler" and is_peft_lora(name) for name in names)
 
     def frozen_by_rule(name: str) -> bool:
-        lora, copy = _PEFT_LORA.search(name), _PEFT_COPY.search(name)
-        adapter = lora or copy
+        adapter = peft_adapter(name)
         return (
-            _TWIN in name
+            is_frozen_twin(name)
             or name.endswith(".pos_embed")
-            or (resampler_lora and parts[name] == "resampler" and lora is None)
+            or (resampler_lora and parts[name] == "resampler" and not is_peft_lora(name))
             or (
                 adapter is not None
                 and active_adapters is not None
-                and adapter["adapter"] not in active_adapters
+                and adapter not in active_adapters
             )
         )
 
@@ -165,16 +130,24 @@ class FreezeReport:
         """The names of all trainable parameters."""
         return frozenset(name for part in self.parts.values() for name in part.trainable)
 
+    # rich is imported here alone: freezing needs nothing but torch.
     def __rich__(self) -> Table:
-        return self._table(box.ROUNDED)
+        from rich.box import ROUNDED
+
+        return self._table(ROUNDED)
 
     def __str__(self) -> str:
+        from rich.box import MARKDOWN
+        from rich.console import Console
+
         console = Console(file=io.StringIO(), width=100, color_system=None)
         with console.capture() as capture:
-            console.print(self._table(box.MARKDOWN))
+            console.print(self._table(MARKDOWN))
         return capture.get().strip()
 
-    def _table(self, style: box.Box) -> Table:
+    def _table(self, style: Box) -> Table:
+        from rich.table import Table
+
         table = Table(box=style)
         table.add_column("part")
         for column in ("tensors trained", "parameters trained", "MiB", "of parameters", "MiB"):

@@ -29,7 +29,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from monkey_model.configuration_qwen import QWenConfig
-from monkey_model.encoder.crop_adapters import check_not_reentrant
+from monkey_model.gradient_checkpointing import check_not_reentrant
 
 # What transformers calls a cache where it looks for it by name: "cache" since 5.24.
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"

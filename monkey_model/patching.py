@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from monkey_model.encoder.resampler import Resampler
 from monkey_model.encoder.vit import TransformerBlock, VisualAttention, VisualAttentionBlock
-from monkey_model.freeze import upstream_name
 from monkey_model.inputs.images import ImageSource
+from monkey_model.parameter_names import upstream_name
 from monkey_model.visual import VisionTransformer
 
 # The modules whose code changes; everything below them is shared.

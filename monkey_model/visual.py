@@ -30,7 +30,6 @@ from monkey_model.encoder.crop_adapters import (
     AdapterSelection,
     Lora_Adapter,
     check_adapter_index,
-    check_not_reentrant,
     merge_adapters,
     select_adapters,
 )
@@ -39,6 +38,7 @@ from monkey_model.encoder.parameter_cache import ParameterCache
 from monkey_model.encoder.positions import get_2d_sincos_pos_embed, get_abs_pos, resized_positions
 from monkey_model.encoder.resampler import Resampler
 from monkey_model.encoder.vit import TransformerBlock, VisualAttention, VisualAttentionBlock
+from monkey_model.gradient_checkpointing import check_not_reentrant
 from monkey_model.inputs.images import ImageSource, load_crops
 
 __all__ = [

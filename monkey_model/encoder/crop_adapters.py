@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -149,15 +149,6 @@ def merge_adapters(pairs: Sequence[tuple[nn.Module, Lora_Adapter]]) -> None:
             weight = cast(nn.Linear, projection).weight
             product = adapter.lora_b.weight.double() @ adapter.lora_a.weight.double()
             weight.copy_(weight.double() + adapter.lora_scale.double() * product)
-
-
-def check_not_reentrant(settings: Mapping[str, Any]) -> None:
-    """``settings``, for ``torch.utils.checkpoint.checkpoint``, leave adapters their gradient."""
-    if settings.get("use_reentrant"):
-        raise ValueError(
-            "gradient_checkpointing_kwargs must not set use_reentrant=True: adapters behind a "
-            "frozen input would get no gradient"
-        )
 
 
 def check_adapter_index(name: str, index: Any, adapters: int) -> list[int | None]:

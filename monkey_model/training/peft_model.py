@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from monkey_model.files import atomic
-from monkey_model.freeze import upstream_name
+from monkey_model.parameter_names import is_frozen_twin, upstream_name
 
 #: Beside peft's ``adapter_model.safetensors``, where there is anything to put into it.
 BASE_WEIGHTS = "trained_base.safetensors"
@@ -122,7 +122,7 @@ class MonkeyPeftModel(PeftModel):
         def saved(name: str, parameter: nn.Parameter) -> bool:
             short = upstream_name(name)
             if short is None:
-                return ".original_module." not in name
+                return not is_frozen_twin(name)
             return parameter.requires_grad or short in self._loaded_base
 
         return {name: p for name, p in self.named_parameters() if saved(name, p)}

@@ -24,7 +24,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.training_args import ParallelMode
 
 from monkey_kernels.checks import check_choice, check_positive_int
-from monkey_model.freeze import upstream_name
+from monkey_model.parameter_names import upstream_name
 from monkey_model.training.peft_model import MonkeyPeftModel
 
 logger = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from monkey_model.commands.__main__ import app
 from monkey_model.configuration_monkey import MonkeyConfig
-from monkey_model.freeze import upstream_name
 from monkey_model.modeling_monkey import MonkeyLMHeadModel
+from monkey_model.parameter_names import upstream_name
 from monkey_model.training import finetune as module
 from monkey_model.training.config import (
     RECIPE,

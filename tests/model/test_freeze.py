@@ -12,8 +12,9 @@ from rich.console import Console
 from torch import nn
 
 from monkey_model.configuration_monkey import MonkeyConfig
-from monkey_model.freeze import FLAGS, PARTS, freeze, freeze_report, part_of, trainable_names
+from monkey_model.freeze import FLAGS, freeze, freeze_report, trainable_names
 from monkey_model.modeling_monkey import MonkeyLMHeadModel
+from monkey_model.parameter_names import PARTS, part_of
 from monkey_model.training.peft_presets import lora_config
 from tests.stock import StockModel
 from tests.tiny import tiny_batch, tiny_model

@@ -15,7 +15,8 @@ from peft import get_peft_model
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from monkey_model.freeze import freeze, upstream_name
+from monkey_model.freeze import freeze
+from monkey_model.parameter_names import upstream_name
 from monkey_model.training.peft_model import MonkeyPeftModel
 from monkey_model.training.peft_presets import lora_config
 from monkey_model.training.unfreeze import ProgressiveUnfreeze
