@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import zipfile
 from collections.abc import Iterable
@@ -14,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from monkey_kernels.checks import check_dtype
-from monkey_model.files import check_directory
+from monkey_model.files import check_directory, list_problems, read_json
 from monkey_model.visual import VisionTransformer
 
 if TYPE_CHECKING:
@@ -28,22 +27,12 @@ _FORMATS = {
 }
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # also what is not UTF-8
-        raise ValueError(f"{path} must be JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object; got {type(content).__name__}")
-    return content
-
-
 def _shards(directory: Path, kind: str) -> list[Path]:
     """The files that hold the encoder's weights; empty where there are none of this kind."""
     index_name, single = _FORMATS[kind]
     index = directory / index_name
     if index.is_file():
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ValueError(f"{index} must have an object 'weight_map'")
         names = {str(shard) for key, shard in weight_map.items() if key.startswith(PREFIX)}
@@ -105,10 +94,8 @@ def _check_state(encoder: VisionTransformer, state: dict[str, Tensor], where: Pa
             shapes = f"{list(expected[key].shape)}, got {list(tensor.shape)}"
             problems.append(f"{PREFIX}{key} must be {shapes}")
     if problems:
-        shown, more = problems[:20], len(problems) - 20
-        tail = f"; and {more} more" if more > 0 else ""
         raise ValueError(
-            f"{where} does not fit the encoder of its config: {'; '.join(shown)}{tail}"
+            f"{where} does not fit the encoder of its config: {list_problems(problems)}"
         )
 
 
@@ -151,7 +138,7 @@ def load_visual(
     config_path = directory / "config.json"
     if not config_path.is_file():
         raise FileNotFoundError(f"checkpoint has no config.json: {directory}")
-    config = _read_json(config_path).get("visual")
+    config = read_json(config_path).get("visual")
     if not isinstance(config, dict):
         raise ValueError(f"{config_path} must have an object 'visual'")
 
@@ -212,6 +199,8 @@ def load_model(
         key for key in info["missing_keys"] if not (without_adapters and "_lora." in key)
     )
     if missing:
-        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        raise ValueError(f"{name} {checkpoint} lacks {len(missing)} weights of the model: {shown}")
+        raise ValueError(
+            f"{name} {checkpoint} lacks {len(missing)} weights of the model: "
+            f"{list_problems(missing, 5, ', ')}"
+        )
     return model

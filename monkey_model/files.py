@@ -1,4 +1,4 @@
-"""Files: read as UTF-8 or JSONL, and written whole or not at all."""
+"""Files: read as UTF-8 or JSON with errors that say what is wrong, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,15 +33,73 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path} must be UTF-8: {error}") from None
 
 
-def json_lines(text: str) -> Iterator[tuple[int, Any]]:
-    """Number (from 1) and content, or error, of each line of JSONL that is not blank."""
+def parse_json(text: str | bytes) -> Any:
+    """The value that ``text`` holds, if every reader of JSON would find the same one.
+
+    Args:
+        text: JSON; bytes are UTF-8, with or without a byte order mark.
+
+    Raises:
+        ValueError: no UTF-8, no JSON, a key that an object has twice, an integer of more digits
+            than Python reads, or lists and objects nested deeper than it can follow.
+    """
+    try:
+        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        return json.loads(text, object_pairs_hook=_object, parse_int=_integer)
+    except RecursionError:
+        raise ValueError("lists and objects are nested too deeply") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"an object has the key {twice[:60]!r} twice")
+    return content
+
+
+def _integer(digits: str) -> int:
+    try:
+        return int(digits)
+    except ValueError:  # Python's limit, which keeps an attacker from a conversion of hours
+        raise ValueError(f"an integer has {len(digits)} digits, too many to be read") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a file of JSON holds.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it holds no object, or the errors of :func:`parse_json`.
+    """
+    try:
+        content = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object; got {type(content).__name__}")
+    return content
+
+
+def json_lines(text: str | bytes) -> Iterator[tuple[int, Any]]:
+    """Number (from 1) and content of each line of JSONL that is not blank.
+
+    A line that :func:`parse_json` refuses has its ValueError as content.
+    """
     # Not splitlines: JSON strings may hold U+2028 and other line ends of Unicode.
-    for number, line in enumerate(text.split("\n"), start=1):
+    lines: Sequence[str | bytes] = text.split("\n") if isinstance(text, str) else text.split(b"\n")
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
+                yield number, parse_json(line)
+            except ValueError as error:
                 yield number, error
+
+
+def list_problems(problems: Sequence[str], limit: int = 20, separator: str = "; ") -> str:
+    """The first ``limit`` of them, and how many more there are."""
+    more = [f"and {len(problems) - limit} more"] if len(problems) > limit else []
+    return separator.join([*problems[:limit], *more])
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from monkey_model.configuration_qwen import QWenConfig
+from monkey_model.files import list_problems
 from monkey_model.gradient_checkpointing import check_not_reentrant
 
 # What transformers calls a cache where it looks for it by name: "cache" since 5.24.
@@ -251,9 +252,7 @@ class QWenPreTrainedModel(PreTrainedModel):
                 f"{key} must be {list(expected)}, got {list(shape)}"
                 for key, shape, expected in sorted(info["mismatched_keys"])
             ]
-            shown, more = "; ".join(problems[:20]), len(problems) - 20
-            tail = f"; and {more} more" if more > 0 else ""
-            raise ValueError(f"{where} does not fit its config: {shown}{tail}")
+            raise ValueError(f"{where} does not fit its config: {list_problems(problems)}")
         return (model, info) if wanted else model
 
     @torch.no_grad()

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from monkey_model.encoder.resampler import Resampler
 from monkey_model.encoder.vit import TransformerBlock, VisualAttention, VisualAttentionBlock
+from monkey_model.files import list_problems
 from monkey_model.inputs.images import ImageSource
 from monkey_model.parameter_names import upstream_name
 from monkey_model.visual import VisionTransformer
@@ -188,11 +189,9 @@ def _check_layout(ours: nn.Module, stock: nn.Module) -> None:
         and parameter.shape != expected.get(name, parameter.shape)
     ]
     if problems:
-        shown, more = problems[:5], len(problems) - 5
-        tail = f"; and {more} more" if more > 0 else ""
         raise ValueError(
             "model.transformer.visual must be the encoder of config.visual, before peft copies "
-            f"parts of it (modules_to_save); got {'; '.join(shown)}{tail}"
+            f"parts of it (modules_to_save); got {list_problems(problems, 5)}"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,15 +227,15 @@ def unanswered(questions: Sequence[Question], path: str | Path) -> list[Question
     whole = content[: content.rfind(b"\n") + 1]
     torn = content[len(whole) :]
     answers: dict[str | int, str] = {}
-    for number, line in enumerate(whole.splitlines(), start=1):
+    for number, record in json_lines(whole):
         try:
-            record = json.loads(line)
             _ = record["answer"]
             answers[record["id"]] = record["question"]
-        except (ValueError, TypeError, KeyError):
+        except (TypeError, KeyError):
+            got = str(record) if isinstance(record, ValueError) else reprlib.repr(record)
             raise ValueError(
                 f"{path}, line {number} must be an answer, with 'id', 'question' and 'answer'; got "
-                f"{line[:60].decode(errors='replace')!r}"
+                f"{got}"
             ) from None
     begin = b'{"id": '
     if not torn.startswith(begin[: len(torn)]):

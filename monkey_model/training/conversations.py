@@ -13,7 +13,6 @@ and their end-of-text tokens carry a label, all else is ignored by the loss.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from monkey_kernels.checks import check_positive_int
-from monkey_model.files import json_lines, read_text
+from monkey_model.files import json_lines, list_problems, parse_json, read_text
 from monkey_model.inputs.fetch import SCHEME, redact
 from monkey_model.inputs.prompts import check_no_surrogates
 
@@ -42,9 +41,8 @@ class RecordErrors(ValueError):
     """What is wrong with the records of a file, each named."""
 
     def __init__(self, file: str | Path, problems: Sequence[str], records: int, limit: int) -> None:
-        shown = "".join(f"\n  {problem}" for problem in problems[:limit])
-        more = f"\n  and {len(problems) - limit} more" if len(problems) > limit else ""
-        super().__init__(f"{file}: {len(problems)} of {records} records are bad{shown}{more}")
+        shown = list_problems(problems, limit, "\n  ")
+        super().__init__(f"{file}: {len(problems)} of {records} records are bad\n  {shown}")
         self.problems = list(problems)
 
 
@@ -90,7 +88,7 @@ def read_conversations(
     conversations: list[Conversation] = []
     problems: list[str] = []
     for where, record in _records(path):
-        if isinstance(record, json.JSONDecodeError):
+        if isinstance(record, ValueError):
             problems.append(f"{where} must be a JSON object: {record}")
             continue
         name = f"{where} (id {record['id']!r})" if _has_id(record) else where
@@ -117,8 +115,8 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
     text = read_text(path)
     if text.lstrip().startswith("["):
         try:
-            records = json.loads(text)
-        except json.JSONDecodeError as error:
+            records = parse_json(text)
+        except ValueError as error:
             raise ValueError(f"{path} must be a JSON array: {error}") from None
         yield from ((f"record {index}", record) for index, record in enumerate(records))
         return

@@ -148,7 +148,7 @@ def test_resuming_skips_answers_and_mends_a_torn_line(asker, pictures):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("[1]\n", r"line 1 must be an answer, with 'id', 'question' and 'answer'; got '\[1\]'"),
+        ("[1]\n", r"line 1 must be an answer, with 'id', 'question' and 'answer'; got \[1\]"),
         ('{"id": 1, "image": "a.png", "question": "?"}\n', "line 1 must be an answer, with"),
         ("precious notes", "must end with an answer, or a part of one; got 'precious notes'"),
         ('{"id": 0, "question": "Old?", "answer": "x"}\n{"id": 1, "ima',
