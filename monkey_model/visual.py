@@ -306,6 +306,10 @@ class VisionTransformer(nn.Module):
         """
         return GraphedEncoder(self, images, adapter_index)
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._positions.drop()  # weights made under inference_mode count no versions
+        super()._load_from_state_dict(*args, **kwargs)
+
     def forward(self, x: Tensor, idx: int | Sequence[int | None] | None = None) -> Tensor:
         """Visual tokens of a batch of crops.
 

@@ -17,7 +17,9 @@ class ParameterCache(Generic[Value]):
 
     A change is seen by a parameter's address, version count, dtype and device. One through
     ``parameter.data`` leaves no trace, and a fused optimizer leaves none either: :meth:`drop` after
-    them. The value is neither copied nor pickled.
+    them. A parameter made under ``torch.inference_mode()`` counts no versions: outside that mode
+    torch refuses to change it in place, inside a change leaves no trace either. The value is
+    neither copied nor pickled.
     """
 
     def __init__(self) -> None:
@@ -25,20 +27,18 @@ class ParameterCache(Generic[Value]):
 
     @staticmethod
     def can_watch(parameters: Sequence[Tensor]) -> bool:
-        """Whether changes can be seen: not of inference tensors, nor of those without memory."""
-        return not any(
-            p.is_inference() or p.is_meta or isinstance(p, FakeTensor) for p in parameters
-        )
+        """Whether changes can be seen: not of tensors without memory."""
+        return not any(p.is_meta or isinstance(p, FakeTensor) for p in parameters)
 
     def get(self, parameters: Sequence[Tensor], extra: Any, build: Callable[[], Value]) -> Value:
         """``build()``, or what it gave for the same parameters and ``extra``."""
         if not self.can_watch(parameters):
             return build()
-        key = (extra, *((p.data_ptr(), p._version, p.dtype, p.device) for p in parameters))
+        key = (extra, *map(_state, parameters))
         held = self._held  # read once: another thread may drop it meanwhile
         if held is None or held[0] != key:
             # Plain tensors, whichever mode the caller is in: autograd and compiled graphs take no
-            # inference tensors.
+            # inference tensors. A view of a parameter stays what that is.
             with torch.inference_mode(False), torch.no_grad():
                 held = self._held = (key, build())
         return held[1]
@@ -54,3 +54,8 @@ class ParameterCache(Generic[Value]):
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_held": None}
+
+
+def _state(parameter: Tensor) -> tuple[Any, ...]:
+    version = None if parameter.is_inference() else parameter._version
+    return parameter.data_ptr(), version, parameter.dtype, parameter.device

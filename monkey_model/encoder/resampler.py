@@ -78,13 +78,21 @@ class Resampler(nn.Module):
         Where it is allowed, it runs in eval mode while gradients are off, on plain modules: not
         where an adapter or a quantised layer wraps a projection, or a hook watches one. It is built
         at the first such call, and again when a parameter has changed, moved or been cast, or a
-        call with gradients came between. A change through ``parameter.data`` leaves no trace: call
-        ``fold()`` after it. Compiled and exported graphs use what an eager call has built, with the
-        parameters of that time, until the module is moved, loaded or trained.
+        call with gradients came between. Compiled and exported graphs use what an eager call has
+        built, with the parameters of that time, until the module is moved, loaded or trained.
+
+        Call ``fold()`` after a change that leaves no trace: one through ``parameter.data``, or,
+        inside ``torch.inference_mode()``, one in place to a parameter that was made in that mode
+        (outside it torch refuses such a change). ``load_state_dict`` on the module or around it is
+        always seen.
         """
         self.fold_enabled = enabled
-        self._folded.drop()
+        self._forget()
         return self
+
+    def _forget(self) -> None:
+        self._folded.drop()
+        self._positions.drop()
 
     def _foldable(self) -> bool:
         """Whether the parts are those that the fold multiplies out, and nothing watches them."""
@@ -129,11 +137,11 @@ class Resampler(nn.Module):
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Resampler:
-        self._folded.drop()  # the module moves or is cast
+        self._forget()  # the module moves or is cast
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._folded.drop()
+        self._forget()
         super()._load_from_state_dict(*args, **kwargs)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:

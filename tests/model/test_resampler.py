@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.memory import saved_for_backward, total_bytes
 from monkey_model.encoder import folded_resampler as folded_module
+from monkey_model.encoder import positions as positions_module
 from monkey_model.encoder import resampler as resampler_module
 from monkey_model.encoder.resampler import Resampler, get_abs_pos
 from tests.golden import load_golden, relative_l2
@@ -213,14 +214,103 @@ def test_training_drops_it(builds):
     assert len(builds) == 2
 
 
-def test_parameters_made_in_inference_mode_are_not_folded(builds):
-    """They have no version counter, so a change to them could not be seen."""
+def test_parameters_made_in_inference_mode_are_folded(builds):
+    """Once, whichever mode the calls are in; torch refuses what would make the fold stale."""
+    with torch.inference_mode():
+        resampler = make_resampler()
+    assert all(p.is_inference() for p in resampler.parameters())
+    x = torch.randn(2, 64, 96)
+    with torch.no_grad():
+        expected = plain_form(make_resampler(), x)
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with mode():
+            torch.testing.assert_close(resampler(x), expected, rtol=1e-4, atol=1e-5)
+    assert len(builds) == 1
+    for parameter in resampler.parameters():
+        with torch.no_grad(), pytest.raises(RuntimeError, match="outside InferenceMode"):
+            parameter.mul_(2)
+    weight = resampler.ln_kv.weight
+    resampler.ln_kv.weight = nn.Parameter(torch.rand(256))
+    assert_is_plain_form(resampler, x)
+    resampler.ln_kv.weight = weight
+    assert_is_plain_form(resampler, x)
+    assert len(builds) == 3
+
+
+def test_a_change_in_inference_mode(builds):
+    """To a parameter that was made there: fold() after it. Loading is seen."""
     with torch.inference_mode():
         resampler, x = make_resampler(), torch.randn(2, 64, 96)
         before = resampler(x)
         resampler.ln_kv.weight.mul_(2)
+        assert torch.equal(resampler(x), before)
+        resampler.fold()
+        assert_is_plain_form(resampler, x)
         assert not torch.allclose(resampler(x), before)
-    assert not builds
+        assert len(builds) == 2
+        nn.ModuleDict({"attn_pool": resampler}).load_state_dict(
+            {f"attn_pool.{name}": v for name, v in make_resampler(seed=5).state_dict().items()}
+        )
+        assert_is_plain_form(resampler, x)
+        assert len(builds) == 3
+    with torch.inference_mode():
+        ordinary = torch.inference_mode(False)(make_resampler)()
+        assert_is_plain_form(ordinary, x)
+        ordinary.ln_kv.weight.mul_(2)  # an ordinary parameter counts its versions here too
+        assert_is_plain_form(ordinary, x)
+    assert len(builds) == 5
+
+
+def test_positions_made_in_inference_mode_are_kept(monkeypatch):
+    """The resized table: built once, dropped by fold() and by loading."""
+    resized = []
+    right = positions_module.get_abs_pos
+
+    def counting(*arguments):
+        resized.append(1)
+        return right(*arguments)
+
+    monkeypatch.setattr(positions_module, "get_abs_pos", counting)
+    with torch.inference_mode():
+        resampler, x = make_resampler().fold(False), torch.randn(2, 64, 96)
+        for _ in range(2):
+            assert_is_plain_form(resampler, x)
+        assert len(resized) == 1
+        resampler.pos_embed.mul_(2)
+        resampler.fold(False)
+        assert_is_plain_form(resampler, x)
+        resampler.load_state_dict(make_resampler(seed=5).state_dict())
+        assert_is_plain_form(resampler, x)
+        assert len(resized) == 3
+
+
+def test_an_encoder_made_and_loaded_in_inference_mode(builds):
+    """Both of its position tables follow the weights, and its resampler folds."""
+    golden = load_golden()
+    crops = torch.randn(2, 3, 448, 448)
+    plain = golden.encoder().eval()
+    with torch.inference_mode():
+        encoder = golden.encoder().eval()
+        assert encoder.positional_embedding.is_inference()
+        assert torch.equal(encoder(crops), plain(crops))
+        for model in (encoder, plain):
+            weights = {name: value.clone() for name, value in model.state_dict().items()}
+            weights["positional_embedding"] *= 3
+            model.load_state_dict(weights)
+        assert torch.equal(encoder(crops), plain(crops))
+    assert len(builds) == 4
+
+
+def test_compiled_with_parameters_made_in_inference_mode():
+    with torch.inference_mode():
+        resampler, x = make_resampler(), torch.randn(2, 64, 96)
+    compiled = torch.compile(resampler, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        expected = plain_form(resampler, x)
+        torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
+        resampler(x)
+        assert resampler._folded._held is not None
+        torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_hooks_on_a_part_are_called(builds):
