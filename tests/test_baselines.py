@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from benchmarks import baselines
-from tests.golden import assert_crops_match, assert_tokens_match, load_golden
+from tests.helpers.golden import assert_crops_match, assert_tokens_match, load_golden
 
 
 @pytest.fixture(scope="module")

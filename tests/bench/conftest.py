@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.results import load
-from tests.bench.made_up import ROWS, write_run
+from tests.helpers.benchmark_runs import ROWS, write_run
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import compare
 from benchmarks.results import ROOT
-from tests.bench.made_up import H100, bench, write_run
+from tests.helpers.benchmark_runs import H100, bench, write_run
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from benchmarks.memory import saved_for_backward, shapes_alone, total_bytes, without_memory
-from tests.tiny import tiny_batch, tiny_model
+from tests.helpers.tiny import tiny_batch, tiny_model
 
 
 def test_each_storage_counts_once_and_parameters_do_not():

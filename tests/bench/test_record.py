@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import record
 from benchmarks.results import ROOT, load
-from tests.bench.made_up import CEILINGS, COMMIT, H100, plotted_rows, python, write_run
+from tests.helpers.benchmark_runs import CEILINGS, COMMIT, H100, plotted_rows, python, write_run
 
 
 def test_a_run_is_filed(tmp_path):

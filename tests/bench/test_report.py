@@ -12,7 +12,7 @@ from benchmarks import plots, report, results, targets
 from benchmarks.results import ROOT
 from benchmarks.targets import TARGETS, Target
 from monkey_kernels import aot, backend
-from tests.bench.made_up import CEILINGS, COMMIT, H100, bench, gpu_rows, plotted_rows
+from tests.helpers.benchmark_runs import CEILINGS, COMMIT, H100, bench, gpu_rows, plotted_rows
 
 
 @pytest.fixture

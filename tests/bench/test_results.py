@@ -12,7 +12,7 @@ import torch
 from benchmarks import conftest, record, results, timing
 from benchmarks.accuracy import assert_same
 from benchmarks.results import ROOT, Spread, baseline, gain, load
-from tests.bench.made_up import H100, bench, python, write_run
+from tests.helpers.benchmark_runs import H100, bench, python, write_run
 
 
 def test_rows(run_of):

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.results import ROOT
 from monkey_kernels import backend, tuning
-from tests.bench.made_up import python
+from tests.helpers.benchmark_runs import python
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 WITH_TEST_KERNELS = """
 import sys
 from monkey_kernels import aot, backend
-backend.TRITON_KERNELS["test"] = "aot_cases"
+backend.TRITON_KERNELS["test"] = "tests.helpers.aot_cases"
 sys.exit(aot.main(sys.argv[1:]))
 """
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from attention_math import explicit, make_inputs, with_gradients
-from numerics import check_error
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from monkey_kernels import resampler_attention, use_backend
 from monkey_kernels.resampler_attention.reference import resampler_attention_reference
+from tests.helpers.attention_math import explicit, make_inputs, with_gradients
+from tests.helpers.numerics import check_error
 
 forward_op = torch.ops.monkey_kernels.resampler_attention
 backward_op = torch.ops.monkey_kernels.resampler_attention_backward

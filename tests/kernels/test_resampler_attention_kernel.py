@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from attention_math import Altered, explicit, make_inputs, with_gradients
-from numerics import check_error, nan_filled
 from torch import Tensor
 
 from monkey_kernels import resampler_attention, use_backend
@@ -16,6 +14,8 @@ from monkey_kernels.resampler_attention.reference import (
     log_sum_exp_reference,
     resampler_attention_reference,
 )
+from tests.helpers.attention_math import Altered, explicit, make_inputs, with_gradients
+from tests.helpers.numerics import check_error, nan_filled
 
 kernel = pytest.importorskip("monkey_kernels.resampler_attention.launch", exc_type=ImportError)
 op = torch.ops.monkey_kernels.resampler_attention

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from attention_math import Altered, make_inputs
 
 from monkey_kernels import resampler_attention, use_backend
+from tests.helpers.attention_math import Altered, make_inputs
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter"),

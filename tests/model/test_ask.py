@@ -13,7 +13,7 @@ from monkey_model.commands.__main__ import app
 from monkey_model.serving.answer import Asker, Question, answer_file, read_questions, unanswered
 from monkey_model.training.peft_model import MonkeyPeftModel
 from monkey_model.training.peft_presets import lora_config
-from tests.tiny_checkpoint import COLOURS, write_checkpoint, write_data
+from tests.helpers.checkpoint import COLOURS, write_checkpoint, write_data
 
 
 @pytest.fixture(scope="module")

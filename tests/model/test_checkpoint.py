@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import save_file
 
 from monkey_model.checkpoint import PREFIX, load_visual
-from tests.golden import assert_tokens_match, load_golden
-from tests.model.test_visual import SMALL, small_encoder
+from tests.helpers.golden import assert_tokens_match, load_golden
+from tests.helpers.tiny import VISUAL, tiny_encoder
 
 
 def write_config(directory, **visual):
     directory.mkdir(exist_ok=True)
-    (directory / "config.json").write_text(json.dumps({"visual": {**SMALL, **visual}}))
+    (directory / "config.json").write_text(json.dumps({"visual": {**VISUAL, **visual}}))
 
 
 def full_state(encoder):
@@ -26,7 +26,7 @@ def full_state(encoder):
 
 @pytest.fixture
 def encoder():
-    return small_encoder()
+    return tiny_encoder()
 
 
 @pytest.fixture

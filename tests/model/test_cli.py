@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 
 from monkey_model.checkpoint import PREFIX
 from monkey_model.commands.__main__ import app
-from tests.golden import load_golden, relative_l2
-from tests.model.test_visual import SMALL, small_encoder
+from tests.helpers.golden import load_golden
+from tests.helpers.numerics import relative_l2
+from tests.helpers.tiny import VISUAL, tiny_encoder
 
 SAMPLE = str(files("monkey_model") / "samples" / "harbour.jpg")
 
@@ -216,10 +217,10 @@ def test_backend_from_the_environment(run, tmp_path, monkeypatch):
 
 
 def test_pickle_checkpoint(run, tmp_path):
-    encoder = small_encoder()
+    encoder = tiny_encoder()
     directory = tmp_path / "pickled"
     directory.mkdir()
-    (directory / "config.json").write_text(json.dumps({"visual": SMALL}))
+    (directory / "config.json").write_text(json.dumps({"visual": VISUAL}))
     state = {PREFIX + name: tensor for name, tensor in encoder.state_dict().items()}
     torch.save(state, directory / "pytorch_model.bin")
     a = picture(tmp_path / "a.png")

@@ -10,7 +10,7 @@ import torch
 
 from monkey_model.configuration_monkey import MonkeyConfig
 from monkey_model.modeling_monkey import MonkeyLMHeadModel
-from tests.tiny import tiny_config
+from tests.helpers.tiny import tiny_config
 
 # The published config.json.
 PUBLISHED = {

@@ -16,8 +16,9 @@ from monkey_model.training.conversations import (
     encode_conversation,
     read_conversations,
 )
-from tests.tiny_checkpoint import SPAN, tiny_processor
-from tests.vocabulary import Upstream
+from tests.helpers.checkpoint import tiny_processor
+from tests.helpers.tiny import SPAN
+from tests.helpers.vocabulary import Upstream
 
 IMAGE = "<img>a.png</img>"
 

@@ -16,7 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from monkey_model.training.config import launch_arguments
-from tests.tiny_checkpoint import write_checkpoint, write_data
+from tests.helpers.checkpoint import write_checkpoint, write_data
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 TRAINING = {
@@ -63,7 +65,7 @@ def train(tmp_path_factory):
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
                     str(processes)]  # fmt: skip
         run = [sys.executable, *(torchrun if processes > 1 else []),
-               str(ROOT / "tests" / "finetune_without_dropout.py"),
+               "-m", "tests.helpers.finetune_without_dropout",
                "finetune", "--config", str(folder / f"{name}.json"), *flags]  # fmt: skip
         # DeepSpeed compiles at its first run on a machine, with the ninja that it has installed.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])

@@ -33,7 +33,7 @@ from monkey_model.training.finetune import (
 )
 from monkey_model.training.peft_model import MonkeyPeftModel
 from monkey_model.visual import VisionTransformer
-from tests.tiny_checkpoint import write_checkpoint, write_data
+from tests.helpers.checkpoint import write_checkpoint, write_data
 
 TRAINING = {
     "use_cpu": True,

@@ -16,8 +16,8 @@ from monkey_model.freeze import FLAGS, freeze, freeze_report, trainable_names
 from monkey_model.modeling_monkey import MonkeyLMHeadModel
 from monkey_model.parameter_names import PARTS, part_of
 from monkey_model.training.peft_presets import lora_config
-from tests.stock import StockModel
-from tests.tiny import tiny_batch, tiny_model
+from tests.helpers.stock import StockModel
+from tests.helpers.tiny import tiny_batch, tiny_model
 
 # ---- what belongs where, written out ----------------------------------------------------------
 

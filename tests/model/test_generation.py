@@ -11,7 +11,7 @@ from transformers import DynamicCache, StaticCache
 
 from monkey_model.modeling_monkey import MonkeyLMHeadModel
 from monkey_model.modeling_qwen import CACHE
-from tests.tiny import IMG, left_pad, pixels, span, tiny_model
+from tests.helpers.tiny import IMG, left_pad, pixels, span, tiny_model
 
 # One image, none, two.
 PROMPTS = [[5, 6, *span(), 7], [8, 9, 10, 11], [*span(), 12, *span(), 13, 14]]

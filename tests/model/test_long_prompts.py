@@ -12,7 +12,7 @@ from transformers import DynamicCache, StaticCache
 
 from monkey_model.configuration_qwen import QWenConfig
 from monkey_model.modeling_qwen import QWenLMHeadModel, RotaryEmbedding, ntk_alpha
-from tests.tiny import left_pad
+from tests.helpers.tiny import left_pad
 
 SEQ = 16
 ALPHA = {1: 1, 15: 1, 16: 1, 17: 3, 32: 3, 33: 7, 64: 7, 65: 15, 1024: 127, 1025: 255}

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from monkey_model import modeling_qwen
 from monkey_model.modeling_monkey import MonkeyLMHeadModel
-from tests.golden import DATA, GoldenLM, load_golden_lm
-from tests.tiny import tiny_batch, tiny_model
+from tests.helpers.golden import DATA, GoldenLM, load_golden_lm
+from tests.helpers.tiny import tiny_batch, tiny_model
 
 
 @pytest.fixture(scope="module")

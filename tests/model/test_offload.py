@@ -9,8 +9,8 @@ import torch
 from accelerate import cpu_offload
 
 from monkey_model.modeling_monkey import MonkeyLMHeadModel
-from tests.golden import DATA
-from tests.tiny import left_pad, pixels, span, tiny_model
+from tests.helpers.golden import DATA
+from tests.helpers.tiny import left_pad, pixels, span, tiny_model
 
 BATCH = left_pad([[5, 6, *span(), 7], [8, 9]])
 PICTURES = pixels(1)

@@ -13,9 +13,9 @@ from monkey_model.freeze import freeze
 from monkey_model.patching import patch_visual, unpatch_visual
 from monkey_model.training.peft_presets import lora_config
 from monkey_model.visual import VisionTransformer
-from tests.golden import DATA
-from tests.stock import StockModel, image_ids
-from tests.tiny import tiny_model
+from tests.helpers.golden import DATA
+from tests.helpers.stock import StockModel, image_ids
+from tests.helpers.tiny import tiny_model
 
 IMAGE = "A_image0.jpg"
 

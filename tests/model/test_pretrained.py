@@ -20,8 +20,8 @@ from monkey_model.configuration_qwen import QWenConfig
 from monkey_model.encoder.resampler import get_2d_sincos_pos_embed
 from monkey_model.modeling_monkey import MonkeyLMHeadModel, MonkeyModel
 from monkey_model.modeling_qwen import QWenLMHeadModel
-from tests.golden import DATA, load_golden_lm
-from tests.tiny import left_pad, pixels, span, tiny_config, tiny_model
+from tests.helpers.golden import DATA, load_golden_lm
+from tests.helpers.tiny import VOCAB, left_pad, pixels, span, tiny_config, tiny_model
 
 BATCH = left_pad([[5, 6, *span(), 7], [8, 9]])
 PICTURES = pixels(1)
@@ -220,7 +220,7 @@ def test_a_missing_or_truncated_shard(shards):
 
 def test_another_shape(model, shards):
     edit_config(shards, vocab_size=330)
-    message = r"its config: lm_head.weight must be \[330, 128\], got \[320, 128\]; transformer.wte"
+    message = r"its config: lm_head.weight must be \[330, 128\], got \[640, 128\]; transformer.wte"
     for auto in (MonkeyLMHeadModel, AutoModelForCausalLM):
         with pytest.raises(ValueError, match=message):
             auto.from_pretrained(shards)
@@ -247,9 +247,9 @@ def test_embeddings_are_found_and_resized():
     model = tiny_model()
     assert model.get_input_embeddings() is model.transformer.wte
     assert model.get_output_embeddings() is model.lm_head
-    model.resize_token_embeddings(330)
-    assert model.transformer.wte.weight.shape == model.lm_head.weight.shape == (330, 128)
-    assert model.config.vocab_size == 330
+    model.resize_token_embeddings(VOCAB + 10)
+    assert model.transformer.wte.weight.shape == model.lm_head.weight.shape == (VOCAB + 10, 128)
+    assert model.config.vocab_size == VOCAB + 10
     greedy(model)
 
 

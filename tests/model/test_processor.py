@@ -18,10 +18,9 @@ from monkey_model.configuration_monkey import MonkeyConfig
 from monkey_model.image_processing_monkey import MonkeyImageProcessor
 from monkey_model.modeling_monkey import MonkeyLMHeadModel
 from monkey_model.processing_monkey import MonkeyProcessor
-from tests.golden import DATA, assert_crops_match, load_golden
-from tests.model.test_tokenizer import write_published
-from tests.model.test_visual import SMALL, small_encoder
-from tests.vocabulary import small_tokenizer
+from tests.helpers.golden import DATA, assert_crops_match, load_golden
+from tests.helpers.tiny import VISUAL, tiny_encoder
+from tests.helpers.vocabulary import tiny_tokenizer, write_published
 
 SETTINGS = {"crop_size": 28, "n_queries": 4}
 SPAN = 20
@@ -36,13 +35,13 @@ A, B, C = pixels(0), pixels(1, 91, 33), pixels(2)
 
 @pytest.fixture(scope="module")
 def processor(tmp_path_factory: pytest.TempPathFactory) -> MonkeyProcessor:
-    tokenizer = small_tokenizer(tmp_path_factory.mktemp("vocabulary"), SPAN)
+    tokenizer = tiny_tokenizer(tmp_path_factory.mktemp("vocabulary"), SPAN)
     return MonkeyProcessor(MonkeyImageProcessor(**SETTINGS), tokenizer)
 
 
 @pytest.fixture(scope="module")
 def encoder():
-    return small_encoder(interpolation="bicubic")
+    return tiny_encoder(interpolation="bicubic")
 
 
 def crops_of(encoder, *images) -> torch.Tensor:
@@ -80,7 +79,7 @@ def test_default_crops_are_upstreams() -> None:
 def test_settings_of_images() -> None:
     settings = {"grid": (1, 3), "interpolation": "bilinear", "fit": "pad", **SETTINGS}
     crops = MonkeyImageProcessor(**settings)(B)["pixel_values"]
-    encoder = small_encoder(grid=(1, 3), fit="pad")
+    encoder = tiny_encoder(grid=(1, 3), fit="pad")
     assert torch.equal(crops[0], encoder.extract_crops([B]))
     settings["fit"] = "crop"  # what pads is the mean
     crops = MonkeyImageProcessor(**settings)(B)["pixel_values"]
@@ -277,7 +276,7 @@ def test_saved(tmp_path: Path) -> None:
     image_processor = MonkeyImageProcessor(
         grid=(1, 2), interpolation="bilinear", fit="crop", image_mean=(0.5, 0.5, 0.5), **SETTINGS
     )
-    processor = MonkeyProcessor(image_processor, small_tokenizer(tmp_path, 12))
+    processor = MonkeyProcessor(image_processor, tiny_tokenizer(tmp_path, 12))
     processor.save_pretrained(tmp_path / "saved")
     for auto in (MonkeyProcessor, AutoProcessor):
         assert_same(auto.from_pretrained(tmp_path / "saved"), processor)
@@ -310,7 +309,7 @@ def test_image_processor_alone(tmp_path: Path) -> None:
 def published(directory: Path, **visual: object) -> Path:
     write_published(directory)
     config = {"model_type": "monkey", "hidden_size": 128, "num_attention_heads": 1}
-    config["visual"] = {**SMALL, "image_start_id": 0, **visual}
+    config["visual"] = {**VISUAL, "image_start_id": 0, **visual}
     (directory / "config.json").write_text(json.dumps(config))
     return directory
 
@@ -320,7 +319,7 @@ def test_published_checkpoint(tmp_path: Path, processor: MonkeyProcessor) -> Non
     directory = published(tmp_path / "a")
     for auto in (MonkeyProcessor, AutoProcessor):
         assert_same(auto.from_pretrained(directory), processor)
-    real = {key: SMALL[key] for key in ("patch_size", "width", "heads", "mlp_ratio", "layers")}
+    real = {key: VISUAL[key] for key in ("patch_size", "width", "heads", "mlp_ratio", "layers")}
     directory = published(tmp_path / "b", image_size=896, crop_size=448, n_queries=256, **real)
     image_processor = MonkeyImageProcessor.from_pretrained(directory)
     assert image_processor.to_dict() == MonkeyImageProcessor().to_dict()
@@ -358,7 +357,7 @@ def test_pictures_in_memory_and_by_path_are_the_same_to_the_model(
         num_hidden_layers=1,
         num_attention_heads=1,
         intermediate_size=64,
-        visual={**SMALL, "image_start_id": tokenizer.img_start_id},
+        visual={**VISUAL, "image_start_id": tokenizer.img_start_id},
     )
     torch.manual_seed(0)
     model = MonkeyLMHeadModel(config).eval()

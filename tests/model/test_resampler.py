@@ -15,7 +15,8 @@ from monkey_model.encoder import folded_resampler as folded_module
 from monkey_model.encoder import positions as positions_module
 from monkey_model.encoder import resampler as resampler_module
 from monkey_model.encoder.resampler import Resampler, get_abs_pos
-from tests.golden import load_golden, relative_l2
+from tests.helpers.golden import load_golden
+from tests.helpers.numerics import relative_l2
 
 SMALL = {"grid_size": 4, "embed_dim": 256, "num_heads": 2, "kv_dim": 96}
 REAL = {"grid_size": 16, "embed_dim": 4096, "num_heads": 32, "kv_dim": 1664}

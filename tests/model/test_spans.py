@@ -10,8 +10,19 @@ import torch
 
 from monkey_model.inputs.spans import find_spans, mask_spans
 from monkey_model.modeling_monkey import MonkeyLMHeadModel
-from tests.golden import DATA
-from tests.tiny import CROPS, END, IMG, PAD, QUERIES, SIDE, left_pad, pixels, span, tiny_model
+from tests.helpers.golden import DATA
+from tests.helpers.tiny import (
+    CROPS,
+    END,
+    IMG,
+    PAD,
+    QUERIES,
+    SIDE,
+    left_pad,
+    pixels,
+    span,
+    tiny_model,
+)
 
 LENGTH = CROPS * QUERIES
 

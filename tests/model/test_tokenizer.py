@@ -16,7 +16,14 @@ import torch
 from transformers import AutoTokenizer
 
 from monkey_model.tokenization_qwen import QWenTokenizer
-from tests.vocabulary import SPECIAL, Upstream, ranks, small_tokenizer, write_vocabulary
+from tests.helpers.vocabulary import (
+    SPECIAL,
+    Upstream,
+    ranks,
+    tiny_tokenizer,
+    write_published,
+    write_vocabulary,
+)
 
 SPAN = 20
 GOLDEN = os.environ.get("MONKEY_GOLDEN")
@@ -40,7 +47,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> QWenTokenizer:
-    return small_tokenizer(tmp_path_factory.mktemp("vocabulary"), SPAN)
+    return tiny_tokenizer(tmp_path_factory.mktemp("vocabulary"), SPAN)
 
 
 @pytest.fixture(scope="module")
@@ -174,12 +181,12 @@ def test_broken_spans(tokenizer: QWenTokenizer, text: str, message: str) -> None
 
 
 def test_length_of_a_span(tmp_path: Path) -> None:
-    tokenizer = small_tokenizer(tmp_path)
+    tokenizer = tiny_tokenizer(tmp_path)
     tokenizer.IMG_TOKEN_SPAN = 5  # as upstream's scripts do
     assert tokenizer.image_span == tokenizer.IMG_TOKEN_SPAN == 5
     assert len(tokenizer.encode("<img></img>")) == 7
     with pytest.raises(ValueError, match="image_span must be positive; got 0"):
-        small_tokenizer(tmp_path, 0)
+        tiny_tokenizer(tmp_path, 0)
     with pytest.raises(TypeError, match="image_span must be an int; got str"):
         tokenizer.image_span = "5"
     assert QWenTokenizer(tmp_path / "qwen.tiktoken").image_span == 1280
@@ -237,7 +244,7 @@ def test_escape_keeps(tokenizer: QWenTokenizer) -> None:
 
 
 def test_added_tokens_are_special(tmp_path: Path) -> None:
-    tokenizer = small_tokenizer(tmp_path)
+    tokenizer = tiny_tokenizer(tmp_path)
     size = len(tokenizer)
     assert tokenizer.add_special_tokens({"extra_special_tokens": ["<img>2"]}) == 1
     assert tokenizer.encode("the<img>2") == [*plain("the"), size]
@@ -269,7 +276,7 @@ def test_padding(tokenizer: QWenTokenizer) -> None:
 
 
 def test_truncation(tmp_path: Path) -> None:
-    tokenizer = small_tokenizer(tmp_path, SPAN)
+    tokenizer = tiny_tokenizer(tmp_path, SPAN)
     text = "the<img>a</img> image"
     ids = tokenizer.encode(text)
     head, tail = len(plain("the")), len(plain(" image"))
@@ -490,22 +497,6 @@ def assert_same(one: QWenTokenizer, other: QWenTokenizer) -> None:
         assert getattr(one, name) == getattr(other, name), name
 
 
-def write_published(directory: Path, **config: object) -> Path:
-    """The tokenizer's files of a published checkpoint."""
-    write_vocabulary(directory)
-    (directory / "tokenizer_config.json").write_text(
-        json.dumps(
-            {
-                "model_max_length": 8192,
-                "tokenizer_class": "QWenTokenizer",
-                "auto_map": {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]},
-                **config,
-            }
-        )
-    )
-    return directory
-
-
 def test_published_checkpoint(tmp_path: Path, tokenizer: QWenTokenizer) -> None:
     write_published(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "monkey"}))
@@ -521,7 +512,7 @@ def test_published_checkpoint(tmp_path: Path, tokenizer: QWenTokenizer) -> None:
 
 
 def test_saved(tmp_path: Path) -> None:
-    tokenizer = small_tokenizer(tmp_path, 7, padding_side="right", model_max_length=99)
+    tokenizer = tiny_tokenizer(tmp_path, 7, padding_side="right", model_max_length=99)
     tokenizer.chat_template = "{{ messages[0].content }}"
     tokenizer.image_span = SPAN
     files = tokenizer.save_pretrained(tmp_path / "saved")

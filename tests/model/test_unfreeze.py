@@ -20,15 +20,10 @@ from monkey_model.parameter_names import upstream_name
 from monkey_model.training.peft_model import MonkeyPeftModel
 from monkey_model.training.peft_presets import lora_config
 from monkey_model.training.unfreeze import ProgressiveUnfreeze
-from tests import tiny
-from tests.tiny import tiny_batch
+from tests.helpers.tiny import tiny_batch, tiny_model
 
 DATA = [{name: value[0] for name, value in tiny_batch(seed).items()} for seed in range(8)]
 SCHEDULE = {2: 1, 4: 2}
-
-
-def tiny_model():
-    return tiny.tiny_model(num_hidden_layers=3)
 
 
 class Snapshots(TrainerCallback):
@@ -51,11 +46,11 @@ class Snapshots(TrainerCallback):
 
 
 def plain():
-    return tiny_model()
+    return tiny_model(num_hidden_layers=3)
 
 
 def with_lora():
-    model = tiny_model()
+    model = plain()
     return MonkeyPeftModel(model, lora_config(model))
 
 
@@ -137,7 +132,7 @@ def test_exactly_what_has_thawed_changes(uninterrupted):
 
 def test_log(uninterrupted):
     trainer, _, _, _ = uninterrupted
-    size = sum(p.numel() for p in tiny_model().transformer.h[0].parameters())
+    size = sum(p.numel() for p in plain().transformer.h[0].parameters())
     assert thaws(trainer) == [(2, 1, size), (4, 2, size)]
 
 
@@ -228,7 +223,7 @@ SGD = {"optim": "sgd", "learning_rate": 0.1, "save_strategy": "no"}
 
 def without_dropout():
     """Which would draw other numbers in each process."""
-    model = tiny_model()
+    model = plain()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -256,6 +251,7 @@ def in_each_process(rank: int, port: int, directory: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_agree_with_one(tmp_path):
     one, _ = make_trainer(tmp_path / "one", without_dropout, **SGD)
     one.train()
@@ -264,7 +260,7 @@ def test_two_processes_agree_with_one(tmp_path):
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(in_each_process, (port, str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
-    start = tiny_model().state_dict()
+    start = plain().state_dict()
     assert not torch.equal(
         first["transformer.h.1.mlp.w1.weight"], start["transformer.h.1.mlp.w1.weight"]
     )
@@ -307,7 +303,7 @@ def test_too_many_blocks(tmp_path):
 
 def test_quantised_blocks(tmp_path):
     def quantised():
-        model = tiny_model()
+        model = plain()
         weight = model.transformer.h[2].mlp.w1.weight.to(torch.int8)
         model.transformer.h[2].mlp.w1.weight = nn.Parameter(weight, requires_grad=False)
         return model
@@ -320,7 +316,7 @@ def test_quantised_blocks(tmp_path):
 
 def test_peft_that_would_not_save_the_blocks(tmp_path):
     def wrapped():
-        model = tiny_model()
+        model = plain()
         return get_peft_model(model, lora_config(model))
 
     with pytest.raises(ValueError, match=r"model must be a MonkeyPeftModel, .*; got a PeftModel"):

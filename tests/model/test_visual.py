@@ -25,9 +25,9 @@ from monkey_model.visual import (
     reconstruct_matrix,
     sliding_window,
 )
-from tests.golden import assert_crops_match, assert_tokens_match, load_golden, relative_l2
-from tests.model.small import SMALL, small_encoder
-from tests.numerics import check_error, nan_filled
+from tests.helpers.golden import assert_crops_match, assert_tokens_match, load_golden
+from tests.helpers.numerics import check_error, nan_filled, relative_l2
+from tests.helpers.tiny import VISUAL, tiny_encoder
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_planted_half_pixel_shift_is_caught(golden, encoder, monkeypatch):
 
 
 def test_adapters_of_a_mixed_batch():
-    encoder = small_encoder()
+    encoder = tiny_encoder()
     crops = torch.randn(7, 3, 28, 28)
     index = [2, None, 0, 0, 3, None, 1]
     with torch.no_grad():
@@ -161,7 +161,7 @@ def test_error_of_adapters_written_into_the_output(dtype, selection):
 
 def test_a_hook_on_a_projection_sees_its_own_output():
     """What a forward hook holds on to is not written over by the adapters."""
-    encoder = small_encoder()
+    encoder = tiny_encoder()
     crops, index, seen = torch.randn(5, 3, 28, 28), [0, 1, 2, 3, None], []
     attention = encoder.transformer.resblocks[0].attn
     with torch.no_grad():
@@ -179,7 +179,7 @@ def test_wrapped_adapters_run_as_modules():
     class Wrapped(torch.nn.Linear):
         pass
 
-    encoder = small_encoder()
+    encoder = tiny_encoder()
     crops, index = torch.randn(5, 3, 28, 28), [0, 1, 2, 3, None]
     with torch.no_grad():
         expected = encoder(crops, index)
@@ -196,7 +196,7 @@ def test_adapter_dropout():
     assert not torch.equal(adapter(x), adapter(x))
     adapter.eval()
     torch.testing.assert_close(adapter(x), x @ adapter.lora_a.weight.T @ adapter.lora_b.weight.T)
-    encoder = small_encoder().train()
+    encoder = tiny_encoder().train()
     crops = torch.randn(5, 3, 28, 28)
     index = [0, 1, 2, 3, None]
     first, second = encoder(crops, index), encoder(crops, index)
@@ -205,7 +205,7 @@ def test_adapter_dropout():
 
 
 def test_kinds_of_adapter_index():
-    encoder, crops = small_encoder(), torch.randn(3, 3, 28, 28)
+    encoder, crops = tiny_encoder(), torch.randn(3, 3, 28, 28)
     with torch.no_grad():
         expected = encoder(crops, [0, 1, 2])
         for index in (range(3), (0, 1, 2), list(np.arange(3))):
@@ -214,14 +214,14 @@ def test_kinds_of_adapter_index():
 
 
 def test_without_adapters():
-    encoder = small_encoder(lora_repeat_num=0)
+    encoder = tiny_encoder(lora_repeat_num=0)
     assert not any("lora" in name for name in encoder.state_dict())
     images = [torch.randint(0, 256, (30, 40, 3), dtype=torch.uint8)]
     assert encoder.encode_images(images).shape == (1, 20, 128)
 
 
 def test_more_crops_than_adapters():
-    encoder = small_encoder(grid=(2, 3))
+    encoder = tiny_encoder(grid=(2, 3))
     images = [torch.randint(0, 256, (30, 40, 3), dtype=torch.uint8)]
     with pytest.raises(ValueError, match=r"grid \(2, 3\) has 6 local crops but there are 4 adapt"):
         encoder.encode_images(images)
@@ -233,7 +233,7 @@ def test_more_crops_than_adapters():
 
 
 def test_mixed_sources_in_one_list(tmp_path):
-    encoder = small_encoder()
+    encoder = tiny_encoder()
     pixels = torch.randint(0, 256, (40, 50, 3), dtype=torch.uint8)
     picture = Image.fromarray(pixels.numpy())
     path = tmp_path / "picture.png"
@@ -255,7 +255,7 @@ def test_fast_decode(tmp_path):
     values = np.stack([x % 256, y % 256, (x + y) % 256], -1)
     path = tmp_path / "large.jpg"
     Image.fromarray(values.astype(np.uint8)).save(path, quality=95)
-    encoder = small_encoder()
+    encoder = tiny_encoder()
     exact = encoder.extract_crops([path])
     fast = encoder.extract_crops([path], fast_decode=True)
     assert not torch.equal(exact, fast)
@@ -263,17 +263,17 @@ def test_fast_decode(tmp_path):
 
 
 def test_settings_come_from_a_config_and_unknown_keys_are_ignored():
-    config = {**SMALL, "interpolation": "bicubic", "fit": "pad", "grid": [1, 2], "other": 7}
+    config = {**VISUAL, "interpolation": "bicubic", "fit": "pad", "grid": [1, 2], "other": 7}
     encoder = VisionTransformer(**config)
     assert (encoder.interpolation, encoder.fit, encoder.grid) == ("bicubic", "pad", (1, 2))
     assert encoder.crops_per_image == 3
-    default = VisionTransformer(**SMALL)
+    default = VisionTransformer(**VISUAL)
     assert (default.interpolation, default.fit, default.grid) == ("bilinear", "stretch", (2, 2))
-    assert VisionTransformer(**{**SMALL, "image_size": [28, 84]}).grid == (1, 3)
+    assert VisionTransformer(**{**VISUAL, "image_size": [28, 84]}).grid == (1, 3)
 
 
 def test_patch_embedding_is_the_convolution():
-    encoder, crops = small_encoder(), torch.randn(2, 3, 28, 28)
+    encoder, crops = tiny_encoder(), torch.randn(2, 3, 28, 28)
     expected = encoder.conv1(crops).flatten(2).transpose(1, 2)
     torch.testing.assert_close(encoder._embed_patches(crops), expected)
 
@@ -286,7 +286,7 @@ def test_patch_embedding_is_the_convolution():
 
 def test_half_precision_runs():
     for dtype in (torch.float16, torch.bfloat16):
-        encoder = small_encoder().to(dtype)
+        encoder = tiny_encoder().to(dtype)
         with torch.no_grad():
             tokens = encoder.encode_images([torch.zeros(9, 9, 3, dtype=torch.uint8)])
         assert tokens.dtype == dtype and torch.isfinite(tokens).all()
@@ -300,7 +300,7 @@ def test_peak_memory_of_a_large_photo(tmp_path):
     program = (
         "import resource, sys\n"
         "from monkey_model.visual import VisionTransformer\n"
-        f"encoder = VisionTransformer(**{dict(SMALL, image_size=896, crop_size=448)!r})\n"
+        f"encoder = VisionTransformer(**{dict(VISUAL, image_size=896, crop_size=448)!r})\n"
         "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
         "import io; from PIL import Image\n"
         "small = io.BytesIO(); Image.new('RGB', (2500, 2300)).save(small, 'JPEG')\n"
@@ -316,7 +316,7 @@ def test_peak_memory_of_a_large_photo(tmp_path):
 
 def test_cpu_gemms_stay_on_onednn():
     """A bfloat16 linear on a permuted input makes torch switch oneDNN off for the process."""
-    encoder = small_encoder().bfloat16()
+    encoder = tiny_encoder().bfloat16()
     with torch.no_grad():
         encoder.encode_images([torch.zeros(9, 9, 3, dtype=torch.uint8)] * 2, crop_chunk=10)
     assert torch._C._get_mkldnn_enabled()
@@ -425,7 +425,7 @@ def test_cast_dtype_is_not_a_quantised_weights():
 )
 def test_bad_constructor(settings, error, message):
     with pytest.raises(error, match=message):
-        VisionTransformer(**{**SMALL, **settings})
+        VisionTransformer(**{**VISUAL, **settings})
 
 
 CROP = torch.zeros(1, 3, 28, 28)
@@ -448,11 +448,11 @@ CROP = torch.zeros(1, 3, 28, 28)
 )
 def test_bad_forward(x, idx, error, message):
     with pytest.raises(error, match=message):
-        small_encoder()(x, idx)
+        tiny_encoder()(x, idx)
 
 
 def test_bad_encode():
-    encoder = small_encoder()
+    encoder = tiny_encoder()
     image = torch.zeros(9, 9, 3, dtype=torch.uint8)
     with pytest.raises(TypeError, match=r"images must be a list of images; got str"):
         encoder.encode_images("photo.jpg")
@@ -467,7 +467,7 @@ def test_bad_encode():
     with pytest.raises(ValueError, match="crop_chunk must be positive; got 0"):
         encoder.encode_images([image], crop_chunk=0)
     with pytest.raises(ValueError, match="idx must be None: the encoder has no adapters; got 0"):
-        small_encoder(lora_repeat_num=0)(CROP, 0)
+        tiny_encoder(lora_repeat_num=0)(CROP, 0)
     with pytest.raises(ValueError, match="allow_urls is False"):
         encoder.encode(["https://example.com/a.jpg"])
 

@@ -7,9 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from monkey_model.encoder.cuda_graph import GraphedEncoder
-from tests.golden import assert_tokens_match, load_golden, relative_l2
-from tests.model.small import small_encoder
-from tests.numerics import check_error
+from tests.helpers.golden import assert_tokens_match, load_golden
+from tests.helpers.numerics import check_error, relative_l2
+from tests.helpers.tiny import tiny_encoder
 
 INDEX = [0, 1, 2, 3, None]
 
@@ -30,7 +30,7 @@ def graphs():
 
 def test_whole_encoder_compiles_without_graph_breaks():
     """Adapters of a mixed batch, forward and backward."""
-    encoder, crops = small_encoder().double(), torch.randn(5, 3, 28, 28).double()
+    encoder, crops = tiny_encoder().double(), torch.randn(5, 3, 28, 28).double()
     out_grad = torch.randn(5, 4, 128).double()
     compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
@@ -43,7 +43,7 @@ def test_whole_encoder_compiles_without_graph_breaks():
 
 
 def test_one_compiled_block_serves_all_layers_and_batch_sizes(graphs):
-    encoder = small_encoder(layers=6)
+    encoder = tiny_encoder(layers=6)
     encoder.compile(backend="aot_eager")
     with torch.no_grad():
         for batch in (1, 2):
@@ -60,7 +60,7 @@ def test_one_compiled_block_serves_all_layers_and_batch_sizes(graphs):
 
 def test_compiled_gradients():
     """Recomputed activations and dropout-free adapters, block by block."""
-    encoder, crops = small_encoder().double(), torch.randn(5, 3, 28, 28).double()
+    encoder, crops = tiny_encoder().double(), torch.randn(5, 3, 28, 28).double()
     out_grad = torch.randn(5, 4, 128).double()
     trained = [p for p in encoder.parameters() if p.requires_grad]
     expected = torch.autograd.grad(encoder(crops, INDEX), trained, out_grad)
@@ -84,7 +84,7 @@ def test_golden_compiled():
 
 @pytest.mark.gpu
 def test_cuda_graph_replays_the_encoder():
-    encoder = small_encoder().to("cuda", torch.float16)
+    encoder = tiny_encoder().to("cuda", torch.float16)
     crops = torch.randn(2, 10, 3, 28, 28, device="cuda", dtype=torch.float16)
     for compiled in (False, True):
         if compiled:
@@ -101,15 +101,15 @@ def test_cuda_graph_replays_the_encoder():
 
 def test_cuda_graph_needs_a_gpu():
     with pytest.raises(ValueError, match="encoder must be on a CUDA or ROCm device; got cpu"):
-        small_encoder().cuda_graph(1)
+        tiny_encoder().cuda_graph(1)
     with pytest.raises(ValueError, match="images must be positive; got 0"):
-        GraphedEncoder(small_encoder(), 0)
+        GraphedEncoder(tiny_encoder(), 0)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("training", [False, True])
 def test_forward_never_waits_for_the_gpu(training):
-    encoder = small_encoder().to("cuda").train(training)
+    encoder = tiny_encoder().to("cuda").train(training)
     crops = torch.randn(10, 3, 28, 28, device="cuda")
     with torch.set_grad_enabled(training):
         encoder.encode_crops(crops)  # the first call compiles kernels and builds the fold
@@ -136,7 +136,7 @@ class NoValuesOnTheHost(TorchDispatchMode):
 @pytest.mark.parametrize("training", [False, True])
 def test_forward_reads_no_values(training):
     """The same without a GPU: no .item(), no comparison, no shape that depends on values."""
-    encoder, crops = small_encoder().train(training), torch.randn(10, 3, 28, 28)
+    encoder, crops = tiny_encoder().train(training), torch.randn(10, 3, 28, 28)
     with torch.set_grad_enabled(training), NoValuesOnTheHost():
         tokens = encoder.encode_crops(crops, crop_chunk=10)
         if training:
@@ -154,8 +154,8 @@ def test_forward_reads_no_values(training):
 def test_merged_adapter(dtype):
     """The error rule: as close to the exact result as the adapter beside the projection."""
     crops = torch.randn(3, 3, 28, 28).to(dtype)
-    beside, merged = small_encoder().to(dtype), small_encoder().to(dtype)
-    exact = small_encoder().to(dtype).double()
+    beside, merged = tiny_encoder().to(dtype), tiny_encoder().to(dtype)
+    exact = tiny_encoder().to(dtype).double()
     size = len(merged.state_dict())
     assert merged.merge_adapter(2) is merged
     with torch.no_grad():
@@ -175,7 +175,7 @@ def test_a_merge_that_cannot_be_done_changes_nothing():
     class Wrapped(torch.nn.Linear):
         pass
 
-    encoder = small_encoder()
+    encoder = tiny_encoder()
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     encoder.transformer.resblocks[1].attn.out_proj.__class__ = Wrapped
     with pytest.raises(TypeError, match=r"only plain nn.Linear layers can be merged; got Wrapped"):
@@ -208,7 +208,7 @@ def resized_tables(monkeypatch) -> list[int]:
 def test_position_tables_are_resized_once(monkeypatch):
     """While frozen, in training too; again after a change; every time while it trains."""
     calls = resized_tables(monkeypatch)
-    encoder = small_encoder(image_size=112, crop_size=56, layers=1).requires_grad_(False)
+    encoder = tiny_encoder(image_size=112, crop_size=56, layers=1).requires_grad_(False)
     crops = torch.randn(5, 3, 56, 56)
     for training in (True, False):
         encoder.train(training)

@@ -14,9 +14,9 @@ from benchmarks.memory import saved_for_backward, total_bytes
 from benchmarks.workloads import real_blocks
 from monkey_model.encoder.vit import CHECKPOINT_EVERY, VisualAttentionBlock
 from monkey_model.visual import VisionTransformer
-from tests.golden import load_golden, relative_l2
-from tests.model.small import small_encoder
-from tests.numerics import check_error
+from tests.helpers.golden import load_golden
+from tests.helpers.numerics import check_error, relative_l2
+from tests.helpers.tiny import tiny_encoder
 
 INDEX = [0, 1, 2, 3, None]
 
@@ -76,7 +76,7 @@ def test_gradients_are_upstreams(golden_gradients, crop_chunk, keep):
 
 def test_adapter_gradients_of_a_mixed_batch():
     """Each adapter gets the gradient of its own crops, of no other."""
-    encoder = small_encoder().double()
+    encoder = tiny_encoder().double()
     crops = torch.randn(6, 3, 28, 28, dtype=torch.float64)
     index, out_grad = [0, 2, None, 2, 1, 0], torch.randn(6, 4, 128, dtype=torch.float64)
     parameters = [p for p in encoder.parameters() if p.requires_grad]
@@ -90,7 +90,7 @@ def test_adapter_gradients_of_a_mixed_batch():
 
 @pytest.mark.parametrize("index", [INDEX, [2] * 5])
 def test_dropout_is_the_same_when_computed_again(index):
-    encoder = small_encoder(layers=5).train()
+    encoder = tiny_encoder(layers=5).train()
     train_as_in_the_recipe(encoder)
     crops, out_grad = torch.randn(5, 3, 28, 28), torch.randn(5, 4, 128)
     trained = [p for p in encoder.parameters() if p.requires_grad]
@@ -159,7 +159,7 @@ def test_frozen_vit_keeps_nothing(checkpointing):
     """With only the resampler training, the ViT saves nothing, however many blocks it has."""
     sizes = []
     for layers in (1, 4):
-        encoder = small_encoder(layers=layers).train()
+        encoder = tiny_encoder(layers=layers).train()
         for name, parameter in encoder.named_parameters():
             parameter.requires_grad_(name.startswith("attn_pool.") and "pos_embed" not in name)
         if checkpointing:
@@ -171,7 +171,7 @@ def test_frozen_vit_keeps_nothing(checkpointing):
 
 def test_blocks_below_the_first_trainable_parameter_keep_nothing():
     def bytes_kept(first_trained: int) -> int:
-        encoder = small_encoder(layers=4).train().requires_grad_(False)
+        encoder = tiny_encoder(layers=4).train().requires_grad_(False)
         for block in encoder.transformer.resblocks[first_trained:]:
             block.attn.in_proj_lora.requires_grad_(True)
         return kept(encoder, lambda: encoder(torch.randn(5, 3, 28, 28), INDEX))
@@ -234,7 +234,7 @@ def test_error_of_every_tensor(dtype):
 @pytest.mark.parametrize("index", [INDEX, [1] * 5])
 def test_large_activations_stay_finite(dtype, index):
     """A residual stream beyond a third of float16's largest value, forward and backward."""
-    encoder = small_encoder().to(dtype).train()
+    encoder = tiny_encoder().to(dtype).train()
     largest = []
     encoder.attn_pool.register_forward_pre_hook(lambda m, i: largest.append(i[0].abs().max()))
     with torch.no_grad():
@@ -256,7 +256,7 @@ def test_large_activations_stay_finite(dtype, index):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype):
     """Float32 parameters under autocast: about the error of a half-precision model."""
-    encoder = small_encoder().train()
+    encoder = tiny_encoder().train()
     crops, out_grad = torch.randn(5, 3, 28, 28), torch.randn(5, 4, 128)
     parameters = train_as_in_the_recipe(encoder)
     for module in encoder.modules():

@@ -13,8 +13,9 @@ from torch import Tensor
 from monkey_model.configuration_monkey import MonkeyConfig
 from monkey_model.modeling_monkey import MonkeyLMHeadModel
 from monkey_model.visual import VisionTransformer
+from tests.helpers.numerics import relative_l2
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,6 @@ def load_golden_lm() -> GoldenLM:
             },
             **tensors,
         )
-
-
-def relative_l2(value: Tensor, expected: Tensor) -> float:
-    expected = expected.double()
-    return ((value.double() - expected).norm() / expected.norm()).item()
 
 
 def assert_tokens_match(tokens: Tensor, golden: Golden) -> None:

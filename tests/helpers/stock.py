@@ -14,10 +14,8 @@ from transformers import PretrainedConfig
 
 from benchmarks import baselines
 from monkey_model.visual import VisionTransformer as OurVisionTransformer
+from tests.helpers.tiny import END, IMG, PAD, QUERIES, SPAN, VOCAB
 
-IMAGE_START = 300
-N_QUERIES = 4
-SPAN = 5 * N_QUERIES
 VISUAL = {
     "image_size": 896,
     "patch_size": 14,
@@ -25,7 +23,7 @@ VISUAL = {
     "layers": 2,
     "heads": 2,
     "mlp_ratio": 2.0,
-    "n_queries": N_QUERIES,
+    "n_queries": QUERIES,
     "output_dim": 128,
 }
 
@@ -117,7 +115,7 @@ class StockTransformer(nn.Module):
     def __init__(self, visual, blocks):
         super().__init__()
         width = visual["output_dim"]
-        self.wte = nn.Embedding(320, width)
+        self.wte = nn.Embedding(VOCAB, width)
         self.h = nn.ModuleList(Block(width) for _ in range(blocks))
         self.ln_f = nn.RMSNorm(width)
         self.visual = VisionTransformer(**visual)
@@ -125,9 +123,9 @@ class StockTransformer(nn.Module):
     def read_images(self, input_ids):
         """[images, 5 * n_queries, width], from the paths inside the ids."""
         paths = []
-        for row, start in (input_ids == IMAGE_START).nonzero().tolist():
+        for row, start in (input_ids == IMG).nonzero().tolist():
             span = input_ids[row, start + 1 : start + 1 + SPAN].tolist()
-            paths.append(bytes(span[: span.index(IMAGE_START + 2)]).decode())
+            paths.append(bytes(span[: span.index(PAD)]).decode())
         windows, images_448 = self.visual.encode(paths)
         tokens, idx = [], 0
         for row in windows:
@@ -138,10 +136,10 @@ class StockTransformer(nn.Module):
 
     def forward(self, input_ids):
         x = self.wte(input_ids)
-        if (input_ids == IMAGE_START).any():
+        if (input_ids == IMG).any():
             images = self.read_images(input_ids).to(x.dtype)
             x = x.clone()
-            starts = (input_ids == IMAGE_START).nonzero().tolist()
+            starts = (input_ids == IMG).nonzero().tolist()
             for image, (row, start) in zip(images, starts, strict=True):
                 x[row, start + 1 : start + 1 + SPAN] = image
         for block in self.h:
@@ -157,7 +155,7 @@ class StockModel(nn.Module):
         super().__init__()
         self.config = PretrainedConfig(visual={**VISUAL, **visual})
         self.transformer = StockTransformer(self.config.visual, blocks)
-        self.lm_head = nn.Linear(self.config.visual["output_dim"], 320, bias=False)
+        self.lm_head = nn.Linear(self.config.visual["output_dim"], VOCAB, bias=False)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 if name.endswith(("lora_b.weight", "lora_scale")):
@@ -174,5 +172,5 @@ class StockModel(nn.Module):
 def image_ids(path: str) -> Tensor:
     """A prompt [1, N] with one image, its path in the ids as bytes."""
     data = [*str(path).encode()]
-    span = data + [IMAGE_START + 2] * (SPAN - len(data))
-    return torch.tensor([[1, IMAGE_START, *span, IMAGE_START + 1, 5, 6, 7]])
+    span = data + [PAD] * (SPAN - len(data))
+    return torch.tensor([[1, IMG, *span, END, 5, 6, 7]])

@@ -8,54 +8,26 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from monkey_model.configuration_monkey import MonkeyConfig
 from monkey_model.image_processing_monkey import MonkeyImageProcessor
 from monkey_model.modeling_monkey import MonkeyLMHeadModel
 from monkey_model.processing_monkey import MonkeyProcessor
-from tests.vocabulary import Upstream, small_tokenizer
+from tests.helpers.tiny import QUERIES, SIDE, SPAN, tiny_config
+from tests.helpers.vocabulary import tiny_tokenizer
 
-SIDE = 28
-QUERIES = 4
-SPAN = 5 * QUERIES
 COLOURS = ("red", "green", "blue", "white")
 
 
 def tiny_processor(folder: Path) -> MonkeyProcessor:
     """Writes the tokenizer's vocabulary to ``folder``."""
     return MonkeyProcessor(
-        MonkeyImageProcessor(crop_size=SIDE, n_queries=QUERIES), small_tokenizer(folder, SPAN)
+        MonkeyImageProcessor(crop_size=SIDE, n_queries=QUERIES), tiny_tokenizer(folder, SPAN)
     )
 
 
 def write_checkpoint(folder: Path, **settings) -> Path:
     """Random weights, no adapter of which does nothing, with tokenizer and processor."""
-    visual = {
-        "image_start_id": Upstream(SPAN).special["<img>"],
-        "image_size": 2 * SIDE,
-        "crop_size": SIDE,
-        "patch_size": 14,
-        "width": 16,
-        "layers": 1,
-        "heads": 2,
-        "mlp_ratio": 2.0,
-        "n_queries": QUERIES,
-        "output_dim": 128,
-    }
-    config = MonkeyConfig(
-        **{
-            "vocab_size": 640,
-            "hidden_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "kv_channels": 64,
-            "intermediate_size": 128,
-            "seq_length": 256,
-            "visual": visual,
-            **settings,
-        }
-    )
     torch.manual_seed(0)
-    model = MonkeyLMHeadModel(config)
+    model = MonkeyLMHeadModel(tiny_config(**{"seq_length": 256, **settings}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("lora_b.weight"):

@@ -1,13 +1,13 @@
-"""A small vocabulary in the format of ``qwen.tiktoken``, and upstream's rules on tiktoken."""
+"""A tiny vocabulary in the format of ``qwen.tiktoken``, and upstream's rules on tiktoken."""
 
 from __future__ import annotations
 
 import base64
+import json
 import re
 import unicodedata
 from pathlib import Path
 
-import tiktoken
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from monkey_model.tokenization_qwen import QWenTokenizer
@@ -29,6 +29,9 @@ def ranks() -> dict[bytes, int]:
     return {token: rank for rank, token in enumerate(dict.fromkeys(tokens))}
 
 
+SPECIAL_IDS = {token: len(ranks()) + number for number, token in enumerate(SPECIAL)}
+
+
 def write_vocabulary(directory: Path) -> Path:
     """``qwen.tiktoken`` in ``directory``."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -38,18 +41,36 @@ def write_vocabulary(directory: Path) -> Path:
     return path
 
 
-def small_tokenizer(directory: Path, image_span: int = 20, **kwargs) -> QWenTokenizer:
+def tiny_tokenizer(directory: Path, image_span: int = 20, **kwargs) -> QWenTokenizer:
     return QWenTokenizer(write_vocabulary(directory), image_span=image_span, **kwargs)
+
+
+def write_published(directory: Path, **config: object) -> Path:
+    """The tokenizer's files of a published checkpoint."""
+    write_vocabulary(directory)
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "model_max_length": 8192,
+                "tokenizer_class": "QWenTokenizer",
+                "auto_map": {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]},
+                **config,
+            }
+        )
+    )
+    return directory
 
 
 class Upstream:
     """Upstream's encode and decode, from its description, on tiktoken."""
 
     def __init__(self, image_span: int) -> None:
+        import tiktoken  # needed by the tokenizer's tests alone
+
         self.image_span = image_span
-        self.special = {token: len(ranks()) + number for number, token in enumerate(SPECIAL)}
+        self.special = SPECIAL_IDS
         self.encoding = tiktoken.Encoding(
-            "small",
+            "tiny",
             pat_str=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
             r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
             mergeable_ranks=ranks(),

@@ -1,4 +1,7 @@
-"""A whole model of a few thousand weights, none of which is a no-op, and prompts for it."""
+"""An encoder and a whole model of a few thousand weights, and prompts for it.
+
+The ids are those of ``tests.helpers.vocabulary``: what a tiny tokenizer writes, a tiny model reads.
+"""
 
 from __future__ import annotations
 
@@ -9,28 +12,42 @@ from torch import Tensor
 
 from monkey_model.configuration_monkey import MonkeyConfig
 from monkey_model.modeling_monkey import MonkeyLMHeadModel
+from monkey_model.visual import VisionTransformer
+from tests.helpers.vocabulary import SPECIAL_IDS
 
-IMG, END, PAD = 300, 301, 302
-CROPS, QUERIES = 5, 4  # 20 visual tokens per image
+CROPS, QUERIES = 5, 4
+SPAN = CROPS * QUERIES  # visual tokens per image
 SIDE = 28
-VOCAB = 320
+VOCAB = 640
+IMG, END, PAD = (SPECIAL_IDS[token] for token in ("<img>", "</img>", "<imgpad>"))
+END_OF_TEXT = SPECIAL_IDS["<|endoftext|>"]  # pads a batch, too
+
+VISUAL = {
+    "image_size": 2 * SIDE,
+    "crop_size": SIDE,
+    "patch_size": 14,
+    "width": 16,
+    "layers": 2,
+    "heads": 2,
+    "mlp_ratio": 2.0,
+    "n_queries": QUERIES,
+    "output_dim": 128,
+}
+
+
+def tiny_encoder(seed: int = 0, **settings: Any) -> VisionTransformer:
+    """In eval mode; no adapter of it is a no-op."""
+    torch.manual_seed(seed)
+    encoder = VisionTransformer(**{**VISUAL, **settings}).eval()
+    with torch.no_grad():
+        for name, parameter in encoder.named_parameters():
+            if "lora_b" in name or "lora_scale" in name:
+                parameter.normal_()
+    return encoder
 
 
 def tiny_config(**settings: Any) -> MonkeyConfig:
-    visual = {
-        "image_size": 56,
-        "crop_size": SIDE,
-        "patch_size": 14,
-        "width": 16,
-        "layers": 2,
-        "heads": 2,
-        "mlp_ratio": 2.0,
-        "n_queries": QUERIES,
-        "output_dim": 128,
-        "lora_repeat_num": 4,
-        "image_start_id": IMG,
-    }
-    visual.update(settings.pop("visual", {}))
+    visual = {**VISUAL, "image_start_id": IMG, **settings.pop("visual", {})}
     defaults = {
         "vocab_size": VOCAB,
         "hidden_size": 128,
@@ -39,13 +56,14 @@ def tiny_config(**settings: Any) -> MonkeyConfig:
         "kv_channels": 32,
         "intermediate_size": 128,
         "seq_length": 2048,
-        "pad_token_id": 310,
+        "pad_token_id": END_OF_TEXT,
         "visual": visual,
     }
     return MonkeyConfig(**{**defaults, **settings})
 
 
 def tiny_model(seed: int = 0, **settings: Any) -> MonkeyLMHeadModel:
+    """In eval mode; no weight of it is a no-op."""
     torch.manual_seed(seed)
     model = MonkeyLMHeadModel(tiny_config(**settings))
     with torch.no_grad():
@@ -58,7 +76,7 @@ def tiny_model(seed: int = 0, **settings: Any) -> MonkeyLMHeadModel:
 def span(path: str = "") -> list[int]:
     """``<img>``, the path's bytes, pads, ``</img>``."""
     data = list(path.encode())
-    return [IMG, *data, *[PAD] * (CROPS * QUERIES - len(data)), END]
+    return [IMG, *data, *[PAD] * (SPAN - len(data)), END]
 
 
 def pixels(images: int, seed: int = 0) -> Tensor:
@@ -66,7 +84,7 @@ def pixels(images: int, seed: int = 0) -> Tensor:
     return torch.randn(images, CROPS, 3, SIDE, SIDE, generator=generator)
 
 
-def left_pad(rows: list[list[int]], pad: int = 310) -> dict[str, Tensor]:
+def left_pad(rows: list[list[int]], pad: int = END_OF_TEXT) -> dict[str, Tensor]:
     width = max(map(len, rows))
     return {
         "input_ids": torch.tensor([[pad] * (width - len(row)) + row for row in rows]),
