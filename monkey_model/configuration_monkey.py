@@ -38,10 +38,15 @@ class MonkeyConfig(QWenConfig):
     """
 
     model_type = "monkey"
+    # What AutoTokenizer takes where no tokenizer_config.json names a class; see tokenization_qwen.
+    # Without annotation: that would make it a field.
+    tokenizer_class = "QWenTokenizer"
 
     visual: dict[str, Any] = field(default_factory=_VISUAL.copy)
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if kwargs.get("tokenizer_class", ...) is None:
+            del kwargs["tokenizer_class"]  # null in a config file says nothing
         if not isinstance(self.visual.get("image_start_id"), int):
             raise ValueError(
                 "visual must have an integer image_start_id, the id of <img>; got "

@@ -27,7 +27,6 @@ from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from monkey_kernels.checks import check_positive_int
-from monkey_model.configuration_monkey import MonkeyConfig
 from monkey_model.configuration_qwen import QWenConfig
 from monkey_model.files import atomic
 from monkey_model.inputs import prompts
@@ -408,5 +407,7 @@ class QWenTokenizer(TokenizersBackend):
         return files + self.save_vocabulary(save_directory, kwargs.get("filename_prefix"))
 
 
-for _config in (QWenConfig, MonkeyConfig):
-    AutoTokenizer.register(_config, QWenTokenizer)
+# Not for MonkeyConfig: there trust_remote_code=True would take a published checkpoint's own code,
+# which fails on transformers 5. Of a config without an entry AutoTokenizer takes the registered
+# class that tokenizer_config.json names, or else config.tokenizer_class, with the flag or without.
+AutoTokenizer.register(QWenConfig, QWenTokenizer)

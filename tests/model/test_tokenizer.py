@@ -13,9 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from PIL import Image
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
+from monkey_model.configuration_monkey import MonkeyConfig
+from monkey_model.image_processing_monkey import MonkeyImageProcessor
+from monkey_model.modeling_monkey import MonkeyLMHeadModel
+from monkey_model.processing_monkey import MonkeyProcessor
 from monkey_model.tokenization_qwen import QWenTokenizer
+from tests.helpers.checkpoint import write_checkpoint
 from tests.helpers.vocabulary import (
     SPECIAL,
     Upstream,
@@ -509,6 +515,48 @@ def test_published_checkpoint(tmp_path: Path, tokenizer: QWenTokenizer) -> None:
     assert "auto_map" not in json.loads((tmp_path / "saved/tokenizer_config.json").read_text())
     options = {"padding_side": "right", "use_fast": False, "trust_remote_code": True}
     assert QWenTokenizer.from_pretrained(tmp_path, **options).padding_side == "right"
+
+
+@pytest.mark.parametrize("trust", [None, False, True])
+def test_every_auto_class_takes_this_code(tmp_path: Path, trust: bool | None) -> None:
+    """Of a checkpoint that brings code of its own, which cannot be imported, whatever the flag."""
+    folder = write_checkpoint(tmp_path)
+    settings = json.loads((folder / "config.json").read_text())
+    settings["auto_map"] = {
+        "AutoConfig": "configuration_monkey.MonkeyConfig",
+        "AutoModelForCausalLM": "modeling_monkey.MonkeyLMHeadModel",
+    }
+    (folder / "config.json").write_text(json.dumps(settings))
+    for file in ("tokenizer.json", "processor_config.json", "preprocessor_config.json"):
+        (folder / file).unlink(missing_ok=True)  # a published checkpoint has none
+    (folder / "chat_template.jinja").unlink()
+    write_published(folder)
+    for module in ("configuration_monkey", "modeling_monkey", "tokenization_qwen"):
+        (folder / f"{module}.py").write_text("raise ImportError('made for transformers 4.32')\n")
+
+    options = {} if trust is None else {"trust_remote_code": trust}
+    assert type(AutoConfig.from_pretrained(folder, **options)) is MonkeyConfig
+    assert type(AutoTokenizer.from_pretrained(folder, **options)) is QWenTokenizer
+    processor = AutoProcessor.from_pretrained(folder, **options)
+    assert type(processor) is MonkeyProcessor
+    assert type(processor.tokenizer) is QWenTokenizer
+    assert type(processor.image_processor) is MonkeyImageProcessor
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    assert type(model) is MonkeyLMHeadModel
+    batch = processor(text="<img></img>", images=[Image.new("RGB", (9, 9))], return_tensors="pt")
+    assert model(**batch).logits.shape[:2] == batch["input_ids"].shape
+
+
+@pytest.mark.parametrize("settings", [{}, {"tokenizer_class": None}])
+@pytest.mark.parametrize("model_type", ["monkey", "qwen"])
+def test_a_checkpoint_whose_files_name_no_tokenizer(
+    tmp_path: Path, settings: dict[str, None], model_type: str
+) -> None:
+    write_vocabulary(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, **settings}))
+    assert type(AutoTokenizer.from_pretrained(tmp_path)) is QWenTokenizer
+    saved = AutoConfig.from_pretrained(tmp_path).to_diff_dict()
+    assert saved.get("tokenizer_class") is None
 
 
 def test_saved(tmp_path: Path) -> None:
