@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +12,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from monkey_kernels.checks import check_dtype
-from monkey_model.files import check_directory, list_problems, read_json
+from monkey_model.files import (
+    UNREADABLE_PICKLE,
+    check_directory,
+    check_pickle_allowed,
+    list_problems,
+    read_json,
+    unreadable_pickle,
+)
 from monkey_model.visual import VisionTransformer
 
 if TYPE_CHECKING:
@@ -27,25 +33,56 @@ _FORMATS = {
 }
 
 
-def _shards(directory: Path, kind: str) -> list[Path]:
-    """The files that hold the encoder's weights; empty where there are none of this kind."""
+def _shards(name: str, directory: Path, kind: str, prefix: str) -> list[Path]:
+    """The files that hold the weights called ``prefix``...; none where there are none of a kind."""
     index_name, single = _FORMATS[kind]
     index = directory / index_name
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{index} must have an object 'weight_map'")
-        names = {str(shard) for key, shard in weight_map.items() if key.startswith(PREFIX)}
-        # A name is a file of this directory, never a path out of it.
-        if any(Path(name).name != name for name in names):
-            raise ValueError(f"{index} must name files of its own directory; got {sorted(names)}")
-        shards = [directory / name for name in sorted(names)]
-    else:
-        shards = [directory / single] if (directory / single).is_file() else []
+    if (directory / single).is_file():  # as transformers prefers it
+        return [directory / single]
+    if not index.is_file():
+        return []
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index} must have an object 'weight_map'")
+    names = {str(shard) for key, shard in weight_map.items() if key.startswith(prefix)}
+    # A name is a file of this directory, never a path out of it.
+    if any(Path(name).name != name for name in names):
+        raise ValueError(f"{index} must name files of its own directory; got {sorted(names)}")
+    shards = [directory / name for name in sorted(names)]
     missing = [str(shard) for shard in shards if not shard.is_file()]
     if missing:
-        raise FileNotFoundError(f"checkpoint shards are missing: {', '.join(missing)}")
+        raise FileNotFoundError(f"{name} lacks shards: {list_problems(missing)}")
     return shards
+
+
+def _weight_files(
+    name: str, directory: Path, prefix: str, allow_pickle: bool
+) -> tuple[str, list[Path]]:
+    """What the weights are read from: a key of :data:`_FORMATS`, and the files.
+
+    The one rule of this package: safetensors, or pickles for whoever asks for them.
+    """
+    for kind in _FORMATS:
+        shards = _shards(name, directory, kind, prefix)
+        if shards and kind == "pickle":
+            check_pickle_allowed(name, shards[0], allow_pickle)
+        if shards:
+            return kind, shards
+    files = ", ".join(file for files in _FORMATS.values() for file in files)
+    weights = f"{prefix}*" if prefix else "weights"
+    raise FileNotFoundError(f"{name} has no {weights} in any of {files}: {directory}")
+
+
+def _read_config(name: str, checkpoint: str | Path) -> tuple[Path, dict[str, Any]]:
+    """``config.json`` and what it holds."""
+    check_directory(name, checkpoint)
+    path = Path(checkpoint, "config.json")
+    if not path.is_file():
+        raise FileNotFoundError(f"{name} has no config.json: {checkpoint}")
+    config = read_json(path)
+    if "transformers_weights" in config:  # could name any file, of any kind
+        raise ValueError(f"{path} must not name its weights in 'transformers_weights'")
+    return path, config
 
 
 def _read_safetensors(shards: Iterable[Path]) -> dict[str, Tensor]:
@@ -68,12 +105,8 @@ def _read_pickles(shards: Iterable[Path]) -> dict[str, Tensor]:
             # Files of before torch 1.6 are no zip archives and cannot be mapped.
             mmap = zipfile.is_zipfile(shard)
             content = torch.load(shard, map_location="cpu", mmap=mmap, weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError):
-            # Not torch's own message, which says how to load the file unsafely.
-            raise ValueError(
-                f"{shard} is no readable weights file: it is damaged, or holds something else than "
-                "tensors, which is not loaded"
-            ) from None
+        except UNREADABLE_PICKLE:
+            raise unreadable_pickle(shard) from None
         if not isinstance(content, dict):
             raise ValueError(f"{shard} must hold a state dict; got {type(content).__name__}")
         for key, tensor in content.items():
@@ -133,26 +166,12 @@ def load_visual(
     """
     check_dtype("dtype", dtype, (torch.float32, torch.float16, torch.bfloat16, torch.float64))
     directory = Path(checkpoint)
-    if not directory.is_dir():
-        raise FileNotFoundError(f"checkpoint must be a directory; got {directory}")
-    config_path = directory / "config.json"
-    if not config_path.is_file():
-        raise FileNotFoundError(f"checkpoint has no config.json: {directory}")
-    config = read_json(config_path).get("visual")
+    config_path, content = _read_config("checkpoint", checkpoint)
+    config = content.get("visual")
     if not isinstance(config, dict):
         raise ValueError(f"{config_path} must have an object 'visual'")
-
-    shards = _shards(directory, "safetensors")
-    pickles = [] if shards else _shards(directory, "pickle")
-    if pickles and not allow_pickle:
-        raise ValueError(
-            f"checkpoint {directory} holds only pickles ({pickles[0].name}), which can run code; "
-            "pass allow_pickle=True (--allow-pickle) to read them"
-        )
-    if not shards and not pickles:
-        names = ", ".join(name for names in _FORMATS.values() for name in names)
-        raise FileNotFoundError(f"checkpoint has no {PREFIX}* in any of {names}: {directory}")
-    state = _read_safetensors(shards) if shards else _read_pickles(pickles)
+    kind, shards = _weight_files("checkpoint", directory, PREFIX, allow_pickle)
+    state = _read_safetensors(shards) if kind == "safetensors" else _read_pickles(shards)
 
     try:
         with torch.device("meta"):
@@ -171,6 +190,7 @@ def load_model(
     name: str = "checkpoint",
     *,
     without_adapters: bool = False,
+    allow_pickle: bool = False,
     **settings: Any,
 ) -> MonkeyLMHeadModel:
     """The whole model of a checkpoint, with every weight from it.
@@ -181,19 +201,23 @@ def load_model(
         checkpoint: directory.
         name: what messages call it.
         without_adapters: whether the per-crop adapters may be missing, and start anew.
+        allow_pickle: as in :func:`load_visual`.
         settings: of ``from_pretrained``.
 
     Raises:
         OSError: no such directory, no ``config.json``, or no weights.
-        ValueError: weights that are missing, of another shape, or in a damaged file.
+        ValueError: pickles without ``allow_pickle``, weights that are missing, of another shape, or
+            in a damaged file, or an adapter in place of a model.
     """
     from monkey_model.modeling_monkey import MonkeyLMHeadModel  # encoding alone needs no LLM
 
-    check_directory(name, checkpoint)
-    if not Path(checkpoint, "config.json").is_file():
-        raise FileNotFoundError(f"{name} has no config.json: {checkpoint}")
+    _read_config(name, checkpoint)
+    # transformers would load both, an adapter's pickle too.
+    if Path(checkpoint, "adapter_config.json").exists():
+        raise ValueError(f"{name} must be a whole model without an adapter beside it: {checkpoint}")
+    kind, _ = _weight_files(name, Path(checkpoint), "", allow_pickle)
     model, info = MonkeyLMHeadModel.from_pretrained(
-        checkpoint, output_loading_info=True, **settings
+        checkpoint, output_loading_info=True, use_safetensors=kind == "safetensors", **settings
     )
     missing = sorted(
         key for key in info["missing_keys"] if not (without_adapters and "_lora." in key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import tempfile
 from collections import Counter
@@ -18,6 +19,30 @@ def check_directory(name: str, path: str | Path) -> None:
     # transformers would look for it on the Hub.
     if not os.path.isdir(path):
         raise FileNotFoundError(f"{name} must be a directory; got {path}")
+
+
+def check_pickle_allowed(name: str, path: Path, allow_pickle: bool) -> None:
+    """Raise a ValueError, which calls what ``path`` belongs to by ``name``, if it is not asked for.
+
+    Where a directory has safetensors, its pickles are not looked at.
+    """
+    if not allow_pickle:
+        raise ValueError(
+            f"{name} {path.parent} holds only pickles ({path.name}), which can run code; "
+            "pass allow_pickle=True (--allow-pickle) to read them"
+        )
+
+
+#: What ``torch.load(weights_only=True)`` raises for a file that it cannot read, or will not.
+UNREADABLE_PICKLE = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError)
+
+
+def unreadable_pickle(path: str | Path) -> ValueError:
+    """In place of torch's own message, which says how to load the file unsafely."""
+    return ValueError(
+        f"{path} is no readable weights file: it is damaged, or holds something else than "
+        "tensors, which is not loaded"
+    )
 
 
 def read_text(path: Path) -> str:

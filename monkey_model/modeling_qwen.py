@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from monkey_model.configuration_qwen import QWenConfig
-from monkey_model.files import list_problems
+from monkey_model.files import list_problems, unreadable_pickle
 from monkey_model.gradient_checkpointing import check_not_reentrant
 
 # What transformers calls a cache where it looks for it by name: "cache" since 5.24.
@@ -246,6 +247,8 @@ class QWenPreTrainedModel(PreTrainedModel):
             loaded: Any = super().from_pretrained(where, *args, **kwargs)
         except SafetensorError as error:
             raise ValueError(f"{where} has an unreadable safetensors file: {error}") from error
+        except UnpicklingError:  # its message says how to load the file unsafely
+            raise unreadable_pickle(f"pytorch_model*.bin of {where}") from None
         model, info = loaded
         if info["mismatched_keys"] and not lenient:
             problems = [

@@ -10,6 +10,7 @@ import typer
 from monkey_model.commands.console import (
     DeviceOption,
     DTypeOption,
+    PickleOption,
     default_dtype,
     out_console,
     progress_bar,
@@ -40,6 +41,7 @@ def ask(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
     device: DeviceOption = None,
     dtype: DTypeOption = None,
+    allow_pickle: PickleOption = False,
 ) -> None:
     """Ask a model about a picture, or about many with --batch and --out."""
     single = image is not None and question is not None and batch is None and out is None
@@ -52,7 +54,13 @@ def ask(
         if out.resolve() == batch.resolve():
             raise typer.BadParameter("--out must be another file than --batch")
 
-    from monkey_model.serving.answer import Asker, Question, answer_file, read_questions, unanswered
+    from monkey_model.serving.answer import (
+        Answerer,
+        Question,
+        answer_file,
+        read_questions,
+        unanswered,
+    )
 
     problems: list[str] = []
     try:
@@ -62,20 +70,21 @@ def ask(
                 report(problem)
             unanswered(questions, out)  # what is wrong there should not wait for the model
         target = usable_device(device)
-        asker = Asker.from_pretrained(
+        answerer = Answerer.from_pretrained(
             checkpoint,
             device=target,
             dtype=default_dtype(dtype, target),
+            allow_pickle=allow_pickle,
             chat=chat,
             max_new_tokens=max_new_tokens,
         )
         if batch is None or out is None:
-            say(out_console, asker.answer([Question(str(question), (image,))])[0])
+            say(out_console, answerer.answer([Question(str(question), (image,))])[0])
             return
         with progress_bar("Asking") as progress:
             task = progress.add_task("Asking", total=len(questions))
             failed = answer_file(
-                asker,
+                answerer,
                 questions,
                 out,
                 batch_size=batch_size,

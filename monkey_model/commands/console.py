@@ -32,6 +32,10 @@ DeviceOption = Annotated[
 DTypeOption = Annotated[
     DType | None, typer.Option(help="Default: float32 on the CPU, else bfloat16.")
 ]
+PickleOption = Annotated[
+    bool,
+    typer.Option("--allow-pickle", help="Read *.bin weights, from a source you trust."),
+]
 
 
 def shown(name: str) -> str:

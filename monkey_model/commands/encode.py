@@ -14,6 +14,7 @@ import typer
 from monkey_model.commands.console import (
     DeviceOption,
     DTypeOption,
+    PickleOption,
     default_dtype,
     err_console,
     progress_bar,
@@ -190,10 +191,7 @@ def encode(
         ),
     ] = False,
     allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Fetch http(s) images.")] = False,
-    allow_pickle: Annotated[
-        bool,
-        typer.Option("--allow-pickle", help="Read pytorch_model*.bin, from a source you trust."),
-    ] = False,
+    allow_pickle: PickleOption = False,
 ) -> None:
     """Turn pictures into visual tokens, one .safetensors file for each."""
     grid_size = None if grid is None else _parse_grid(grid)

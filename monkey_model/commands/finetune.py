@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from monkey_model.commands.console import err_console, report, say, shown
+from monkey_model.commands.console import PickleOption, err_console, report, say, shown
 
 
 def finetune(
@@ -39,6 +39,7 @@ def finetune(
             "--resume", help="Go on from the last complete checkpoint; start if there is none."
         ),
     ] = False,
+    allow_pickle: PickleOption = False,
 ) -> None:
     """Train a model on conversations. Flags outrank the file.
 
@@ -53,6 +54,7 @@ def finetune(
         "mode": mode,
         "launch": launch,
         "merge": merge or None,
+        "allow_pickle": allow_pickle or None,
     }
     given = {name: value for name, value in flags.items() if value is not None}
     try:
@@ -72,6 +74,7 @@ def merge(
     adapter: Annotated[Path, typer.Argument(help="What finetune wrote: OUTPUT_DIR/model.")],
     checkpoint: Annotated[Path, typer.Option(help="Checkpoint that it was trained on.")],
     out: Annotated[Path, typer.Option(help="Directory for the merged checkpoint.")],
+    allow_pickle: PickleOption = False,
 ) -> None:
     """Merge LoRA and trained parts into a checkpoint of upstream's layout."""
     from monkey_model.training.finetune import merge as run
@@ -79,7 +82,7 @@ def merge(
     try:
         if out.exists():
             raise ValueError(f"--out must not exist yet; got {out}")
-        run(checkpoint, adapter, out)
+        run(checkpoint, adapter, out, allow_pickle=allow_pickle)
     except (OSError, ValueError) as error:
         report(str(error))
         raise typer.Exit(2) from None

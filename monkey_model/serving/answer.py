@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from torch import Tensor
 
 from monkey_kernels.checks import check_positive_int
 from monkey_model.checkpoint import load_model
-from monkey_model.files import check_directory, json_lines, read_text
+from monkey_model.files import check_directory, json_lines, read_json, read_text
 from monkey_model.inputs.fetch import SCHEME
 from monkey_model.inputs.prompts import GROUNDING, check_no_surrogates
 from monkey_model.processing_monkey import MonkeyProcessor
-from monkey_model.training.peft_model import MonkeyPeftModel
+from monkey_model.training.peft_model import MonkeyPeftModel, adapter_weights
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Question:
     id: str | int = ""
 
 
-class Asker:
+class Answerer:
     """A model and its processor, ready to answer.
 
     Args:
@@ -70,14 +69,16 @@ class Asker:
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        allow_pickle: bool = False,
         **settings: Any,
-    ) -> Asker:
+    ) -> Answerer:
         """Load a whole checkpoint, or what fine-tuning in mode ``"lora"`` wrote.
 
         Args:
             checkpoint: directory. The latter names the checkpoint that it belongs to.
             device: to run on.
             dtype: of weights and arithmetic.
+            allow_pickle: as in :func:`monkey_model.checkpoint.load_model`, of adapters too.
             settings: chat and max_new_tokens.
 
         Raises:
@@ -85,12 +86,19 @@ class Asker:
         """
         directory = Path(checkpoint)
         check_directory("checkpoint", directory)
-        if (directory / "adapter_config.json").is_file():
-            base = PeftConfig.from_pretrained(str(directory)).base_model_name_or_path
-            model: Any = load_model(base, "base_model_name_or_path of the adapter", dtype=dtype)
-            model = MonkeyPeftModel.from_pretrained(model, directory).merge_and_unload()
+        loading: dict[str, Any] = {"dtype": dtype, "allow_pickle": allow_pickle}
+        adapter = directory / "adapter_config.json"
+        if adapter.is_file():
+            name = "base_model_name_or_path"
+            base = read_json(adapter).get(name)
+            if not isinstance(base, str):
+                raise ValueError(f"{adapter} must name a directory in {name!r}; got {base!r}")
+            adapter_weights(directory, allow_pickle)
+            model: Any = load_model(base, f"{name} of the adapter", **loading)
+            model = MonkeyPeftModel.from_pretrained(model, directory, allow_pickle=allow_pickle)
+            model = model.merge_and_unload()
         else:
-            model = load_model(directory, dtype=dtype)
+            model = load_model(directory, **loading)
         model = model.to(device=device, dtype=dtype)
         return cls(model, MonkeyProcessor.from_pretrained(directory), **settings)
 
@@ -255,7 +263,7 @@ def unanswered(questions: Sequence[Question], path: str | Path) -> list[Question
 
 
 def answer_file(
-    asker: Asker,
+    answerer: Answerer,
     questions: Sequence[Question],
     out: str | Path,
     *,
@@ -266,7 +274,7 @@ def answer_file(
     """Answer the questions that ``out`` does not answer yet, and append to it, line by line.
 
     Args:
-        asker: who answers.
+        answerer: who answers.
         questions: with ids of their own.
         out: JSONL of ``{"id", "images", "question", "answer"}``.
         batch_size: questions at a time.
@@ -292,13 +300,13 @@ def answer_file(
             readable = []
             for question in batch:
                 try:
-                    readable.append((question, asker.read_images(question)))
+                    readable.append((question, answerer.read_images(question)))
                 except (TypeError, ValueError, OSError) as error:
                     failed += 1
                     on_problem(f"id {question.id!r}: {error}")
             if readable:
                 asked, images = zip(*readable, strict=True)
-                for question, answer in zip(asked, asker.answer(asked, images), strict=True):
+                for question, answer in zip(asked, answerer.answer(asked, images), strict=True):
                     record = {
                         "id": question.id,
                         "images": question.images,

@@ -106,6 +106,8 @@ class FinetuneConfig:
         launch: how processes share the work: ``"ddp"``, ``"fsdp2"``, ``"zero2"``, ``"zero3"`` (the
             files of ``monkey_model/training/launch``), or a file of your own like them.
         merge: also write a checkpoint in upstream's layout, LoRA merged.
+        allow_pickle: whether the checkpoint's ``pytorch_model*.bin`` may be read where it has no
+            safetensors; only from a source you trust.
         training: ``transformers.TrainingArguments`` that outrank :data:`RECIPE` and ``launch``.
 
     Raises:
@@ -129,6 +131,7 @@ class FinetuneConfig:
     gradient_checkpointing: bool = True
     launch: str = "ddp"
     merge: bool = False
+    allow_pickle: bool = False
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -42,7 +42,7 @@ from monkey_model.training.conversations import (
     ConversationDataset,
     read_conversations,
 )
-from monkey_model.training.peft_model import MonkeyPeftModel
+from monkey_model.training.peft_model import MonkeyPeftModel, adapter_weights
 from monkey_model.training.peft_presets import NOT_QUANTISED, lora_config
 from monkey_model.training.unfreeze import ProgressiveUnfreeze
 
@@ -161,7 +161,12 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> FreezeReport:
         draw_loss_curve(trainer.state.log_history, output / "loss.png")
         if config.merge:
             unset_hf_deepspeed_config()  # or ZeRO-3 would shard what this process loads alone
-            merge(config.checkpoint, output / "model", output / "merged")
+            merge(
+                config.checkpoint,
+                output / "model",
+                output / "merged",
+                allow_pickle=config.allow_pickle,
+            )
     return report
 
 
@@ -176,7 +181,7 @@ def build_model(
         # processes among which.
         deepspeed.init_distributed()
     dtype = getattr(torch, config.dtype)
-    settings: dict[str, Any] = {"dtype": dtype}
+    settings: dict[str, Any] = {"dtype": dtype, "allow_pickle": config.allow_pickle}
     if config.quantization is not None:
         settings["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=config.quantization == "4bit",
@@ -225,23 +230,30 @@ def _check_sharding(model: nn.Module, settings: HfDeepSpeedConfig) -> None:
             )
 
 
-def merge(checkpoint: str | Path, adapter: str | Path, output_dir: str | Path) -> None:
+def merge(
+    checkpoint: str | Path,
+    adapter: str | Path,
+    output_dir: str | Path,
+    *,
+    allow_pickle: bool = False,
+) -> None:
     """Write a whole checkpoint in upstream's layout: adapter merged, trained parts in place.
 
     Args:
         checkpoint: directory that the adapter was trained on.
         adapter: directory that :func:`finetune` wrote in mode ``"lora"``.
         output_dir: appears whole or not at all; replaced if it is there.
+        allow_pickle: as in :func:`monkey_model.checkpoint.load_model`, of both directories.
 
     Raises:
         OSError, ValueError: a directory that is not there, or not what it should be.
     """
     check_directory("adapter", adapter)
-    if not Path(adapter, "adapter_config.json").is_file():
-        raise FileNotFoundError(f"adapter has no adapter_config.json: {adapter}")
-    model = load_model(checkpoint, dtype="auto")
+    adapter_weights(Path(adapter), allow_pickle)
+    model = load_model(checkpoint, dtype="auto", allow_pickle=allow_pickle)
     dtype = model.dtype
-    merged = MonkeyPeftModel.from_pretrained(model, adapter).merge_and_unload()
+    wrapped = MonkeyPeftModel.from_pretrained(model, adapter, allow_pickle=allow_pickle)
+    merged = wrapped.merge_and_unload()
     with atomic_directory(Path(output_dir)) as place:
         merged.to(dtype).save_pretrained(place)
         MonkeyProcessor.from_pretrained(checkpoint).save_pretrained(place)

@@ -10,18 +10,39 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from monkey_model.files import atomic
+from monkey_model.files import atomic, check_pickle_allowed, unreadable_pickle
 from monkey_model.parameter_names import is_frozen_twin, upstream_name
 
 #: Beside peft's ``adapter_model.safetensors``, where there is anything to put into it.
 BASE_WEIGHTS = "trained_base.safetensors"
+
+
+def adapter_weights(directory: Path, allow_pickle: bool) -> Path:
+    """The file of a directory that peft would load.
+
+    Raises:
+        FileNotFoundError: no such file, or no ``adapter_config.json``.
+        ValueError: a pickle without ``allow_pickle``.
+    """
+    weights, pickled = directory / SAFETENSORS_WEIGHTS_NAME, directory / WEIGHTS_NAME
+    if not (directory / CONFIG_NAME).is_file():
+        raise FileNotFoundError(f"adapter has no {CONFIG_NAME}: {directory}")
+    if weights.is_file():
+        return weights
+    if not pickled.is_file():  # peft would look for it on the Hub
+        raise FileNotFoundError(f"adapter has no {weights.name}: {directory}")
+    check_pickle_allowed("adapter", pickled, allow_pickle)
+    return pickled
 
 
 class MonkeyPeftModel(PeftModel):
@@ -87,18 +108,43 @@ class MonkeyPeftModel(PeftModel):
             else:
                 (directory / BASE_WEIGHTS).unlink(missing_ok=True)
 
-    def load_adapter(self, model_id: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        *args: Any,
+        allow_pickle: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """As peft's, and the base weights that :meth:`save_pretrained` put beside the adapter.
 
+        Args:
+            model_id: directory.
+            args: peft's.
+            allow_pickle: whether ``adapter_model.bin`` may be read where there is no
+                ``adapter_model.safetensors``; only from a source you trust.
+            kwargs: peft's.
+
         Raises:
-            ValueError: a base weight that the model lacks, or has in another shape, quantised or
-                offloaded. No base weight has changed then.
+            FileNotFoundError: no adapter in the directory.
+            ValueError: pickles without ``allow_pickle``; a damaged file; a base weight that the
+                model lacks, or has in another shape, quantised or offloaded. No base weight has
+                changed then.
         """
-        result = super().load_adapter(os.fspath(model_id), *args, **kwargs)
-        path = Path(model_id, kwargs.get("subfolder") or "", BASE_WEIGHTS)
+        directory = Path(model_id, kwargs.get("subfolder") or "")
+        weights = adapter_weights(directory, allow_pickle)
+        try:
+            result = super().load_adapter(os.fspath(model_id), *args, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(f"{weights} is no readable safetensors file: {error}") from None
+        except UnpicklingError:
+            raise unreadable_pickle(weights) from None
+        path = directory / BASE_WEIGHTS
         if not path.is_file():
             return result
-        base = load_file(path)
+        try:
+            base = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no readable safetensors file: {error}") from None
         parameters = {
             short: parameter
             for name, parameter in self.named_parameters()

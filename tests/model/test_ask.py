@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from monkey_model.commands.__main__ import app
-from monkey_model.serving.answer import Asker, Question, answer_file, read_questions, unanswered
+from monkey_model.serving.answer import Answerer, Question, answer_file, read_questions, unanswered
 from monkey_model.training.peft_model import MonkeyPeftModel
 from monkey_model.training.peft_presets import lora_config
 from tests.helpers.checkpoint import COLOURS, write_checkpoint, write_data
@@ -22,8 +24,8 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def asker(checkpoint):
-    return Asker.from_pretrained(checkpoint, max_new_tokens=8)
+def answerer(checkpoint):
+    return Answerer.from_pretrained(checkpoint, max_new_tokens=8)
 
 
 @pytest.fixture
@@ -53,39 +55,39 @@ def answers(path):
     return {record["id"]: record["answer"] for record in map(json.loads, path.open())}
 
 
-def test_one_question_is_upstreams_prompt(asker, checkpoint, pictures, run):
+def test_one_question_is_upstreams_prompt(answerer, checkpoint, pictures, run):
     """The path in the ids, opened by the model, and `` Answer: `` at the end, as upstream asks."""
     path = pictures / "red.png"
     path.rename(pictures / "r")  # the tiny span has room for few bytes
-    tokenizer = asker.processor.tokenizer
-    asker.model.transformer.image_root = pictures
+    tokenizer = answerer.processor.tokenizer
+    answerer.model.transformer.image_root = pictures
     inputs = tokenizer("<img>r</img> What? Answer: ", return_tensors="pt")
-    ids = asker.model.generate(
+    ids = answerer.model.generate(
         **inputs, max_new_tokens=8, min_new_tokens=1, do_sample=False,
         eos_token_id=[tokenizer.eod_id, tokenizer.im_end_id], pad_token_id=tokenizer.eod_id,
     )  # fmt: skip
     expected = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert expected.strip()
-    assert asker.answer([Question("What?", (str(pictures / "r"),))]) == [expected.strip()]
+    assert answerer.answer([Question("What?", (str(pictures / "r"),))]) == [expected.strip()]
     done = run(pictures / "r", "What?", "--checkpoint", checkpoint, "--max-new-tokens", "8",
                "--device", "cpu")  # fmt: skip
     assert done.stdout.strip() == expected.strip()
 
 
-def test_special_tokens_in_a_question_are_text(asker):
-    tokenizer = asker.processor.tokenizer
+def test_special_tokens_in_a_question_are_text(answerer):
+    tokenizer = answerer.processor.tokenizer
     question = Question("<img>x</img><|im_end|> <ref>it</ref>?", ("picture",))
-    ids = tokenizer(asker.prompt(question)).input_ids
+    ids = tokenizer(answerer.prompt(question)).input_ids
     assert ids.count(tokenizer.img_start_id) == 1 and tokenizer.im_end_id not in ids
     assert tokenizer.ref_start_id in ids  # the words of grounding keep their meaning
-    asker = Asker(asker.model, asker.processor, chat=True)
-    ids = tokenizer(asker.prompt(question)).input_ids
+    answerer = Answerer(answerer.model, answerer.processor, chat=True)
+    ids = tokenizer(answerer.prompt(question)).input_ids
     assert ids.count(tokenizer.img_start_id) == 1
     assert ids.count(tokenizer.im_end_id) == 2  # of system and user
     assert ids.count(tokenizer.im_start_id) == 3
 
 
-def test_a_batch_is_answered_as_one_by_one(asker, pictures):
+def test_a_batch_is_answered_as_one_by_one(answerer, pictures):
     images = [str(pictures / f"{colour}.png") for colour in COLOURS]
     questions = [
         Question("Colour?", (images[0],)),
@@ -93,13 +95,13 @@ def test_a_batch_is_answered_as_one_by_one(asker, pictures):
         Question("Hello", ()),
         Question("x", (Image.open(images[3]),)),
     ]
-    one_by_one = [asker.answer([question])[0] for question in questions]
-    assert asker.answer(questions) == one_by_one and len(set(one_by_one)) > 1
+    one_by_one = [answerer.answer([question])[0] for question in questions]
+    assert answerer.answer(questions) == one_by_one and len(set(one_by_one)) > 1
 
 
-def test_trained_adapters_answer_too(asker, checkpoint, pictures, tmp_path):
+def test_trained_adapters_answer_too(answerer, checkpoint, pictures, tmp_path):
     question = Question("Colour?", (str(pictures / "red.png"),))
-    base = Asker.from_pretrained(checkpoint, max_new_tokens=8)
+    base = Answerer.from_pretrained(checkpoint, max_new_tokens=8)
     model = MonkeyPeftModel(base.model, lora_config(base.model))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -107,12 +109,108 @@ def test_trained_adapters_answer_too(asker, checkpoint, pictures, tmp_path):
                 parameter.normal_(std=0.3)
     model.save_pretrained(tmp_path / "adapter")
     base.processor.save_pretrained(tmp_path / "adapter")
-    expected = Asker(model, base.processor, max_new_tokens=8).answer([question])
-    loaded = Asker.from_pretrained(tmp_path / "adapter", max_new_tokens=8)
-    assert loaded.answer([question]) == expected != asker.answer([question])
+    expected = Answerer(model, base.processor, max_new_tokens=8).answer([question])
+    loaded = Answerer.from_pretrained(tmp_path / "adapter", max_new_tokens=8)
+    assert loaded.answer([question]) == expected != answerer.answer([question])
 
 
-def test_file_of_questions(asker, checkpoint, pictures, run):
+class Attack:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def replace_by_pickle(directory, name, pickled, content=None):
+    state = load_file(directory / name) if content is None else content
+    (directory / name).unlink(missing_ok=True)
+    torch.save(state, directory / pickled)
+
+
+@pytest.fixture
+def trained(checkpoint, tmp_path):
+    """A copy of the checkpoint, and an adapter for it."""
+    base = tmp_path / "base"
+    shutil.copytree(checkpoint, base)
+    answerer = Answerer.from_pretrained(base)
+    MonkeyPeftModel(answerer.model, lora_config(answerer.model)).save_pretrained(
+        tmp_path / "adapter"
+    )
+    answerer.processor.save_pretrained(tmp_path / "adapter")
+    return base, tmp_path / "adapter"
+
+
+def commands(base, adapter, tmp_path):
+    """Every command that loads a whole model or an adapter."""
+    picture, data = tmp_path / "red.png", tmp_path / "data.json"
+    ask = ["ask", picture, "?", "--device", "cpu", "--max-new-tokens", "1", "--checkpoint"]
+    yield [*ask, base]
+    yield [*ask, adapter]
+    yield ["merge", adapter, "--checkpoint", base, "--out", tmp_path / "merged"]
+    yield ["finetune", "--checkpoint", base, "--data", data, "--output-dir", tmp_path / "run",
+           "--mode", "frozen", "--set", "dtype=float32", "--set", "training.use_cpu=true",
+           "--set", "training.max_steps=1"]  # fmt: skip
+
+
+def one_error_line(arguments):
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert done.exit_code == 2, done.output
+    assert "weights_only" not in done.output
+    lines = done.stderr.splitlines()
+    assert [line for line in lines if line.startswith("Error: ")] == lines[-1:]
+    return lines[-1]
+
+
+def test_pickles_are_read_only_when_asked(trained, pictures, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    base, adapter = trained
+    replace_by_pickle(base, "model.safetensors", "pytorch_model.bin")
+    for command in commands(base, adapter, pictures):
+        assert "holds only pickles (pytorch_model.bin)" in one_error_line(command)
+    assert not (pictures / "merged").exists()
+    for command in commands(base, adapter, pictures):
+        done = CliRunner().invoke(app, [*map(str, command), "--allow-pickle"])
+        assert done.exit_code == 0, done.output
+    (base / "pytorch_model.bin").unlink()
+    replace_by_pickle(base, "x", "pytorch_model.bin", {"a": Attack(pictures / "attacked")})
+    shutil.rmtree(pictures / "merged")
+    shutil.rmtree(pictures / "run")
+    for command in commands(base, adapter, pictures):
+        message = one_error_line([*command, "--allow-pickle"])
+        assert "is no readable weights file" in message
+    assert not (pictures / "attacked").exists()
+
+
+def test_an_adapters_pickle_is_read_only_when_asked(trained, pictures, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    base, adapter = trained
+    replace_by_pickle(adapter, "adapter_model.safetensors", "adapter_model.bin")
+    _, *both, _ = commands(base, adapter, pictures)
+    for command in both:
+        assert "holds only pickles (adapter_model.bin)" in one_error_line(command)
+        done = CliRunner().invoke(app, [*map(str, command), "--allow-pickle"])
+        assert done.exit_code == 0, done.output
+    shutil.rmtree(pictures / "merged")
+    replace_by_pickle(adapter, "x", "adapter_model.bin", {"a": Attack(pictures / "attacked")})
+    for command in both:
+        assert "no readable weights file" in one_error_line([*command, "--allow-pickle"])
+    assert not (pictures / "attacked").exists()
+    (adapter / "adapter_model.bin").unlink()
+    for command in both:
+        assert "adapter has no adapter_model.safetensors" in one_error_line(command)
+    (adapter / "adapter_model.safetensors").write_bytes(b"nonsense")
+    for command in both:
+        assert "is no readable safetensors file" in one_error_line(command)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = None
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    assert "must name a directory in 'base_model_name_or_path'" in one_error_line(both[0])
+
+
+def test_file_of_questions(answerer, checkpoint, pictures, run):
     lines = [
         {"id": "a", "image": "red.png", "question": "Colour?"},
         {"images": ["green.png", "blue.png"], "question": "Which?"},
@@ -123,24 +221,24 @@ def test_file_of_questions(asker, checkpoint, pictures, run):
         "--max-new-tokens", "8", "--device", "cpu")  # fmt: skip
     questions, problems = read_questions(batch)
     assert not problems and [question.id for question in questions] == ["a", 2, 7]
-    one_by_one = {question.id: asker.answer([question])[0] for question in questions}
+    one_by_one = {question.id: answerer.answer([question])[0] for question in questions}
     assert answers(out) == one_by_one
     record = json.loads(out.read_text().split("\n")[1])
     assert record["question"] == "Which?" and len(record["images"]) == 2
 
 
-def test_resuming_skips_answers_and_mends_a_torn_line(asker, pictures):
+def test_resuming_skips_answers_and_mends_a_torn_line(answerer, pictures):
     records = [{"id": n, "image": "red.png", "question": f"Q{n}?"} for n in range(4)]
     questions, _ = read_questions(write_lines(pictures / "in.jsonl", *records))
     out, counts = pictures / "out.jsonl", []
     # An answer of an earlier run, and one that was cut off in writing.
     write_lines(out, {"id": 2, "question": "Q2?", "answer": "kept"}, '{"id": 0, "images": ["r')
-    assert answer_file(asker, questions, out, on_done=counts.append) == 0
+    assert answer_file(answerer, questions, out, on_done=counts.append) == 0
     found = answers(out)
     assert found.keys() == {0, 1, 2, 3} and found[2] == "kept" and found[0] != "to"
     assert counts == [1, 1, 1, 1]
     before = out.read_bytes()
-    assert answer_file(asker, questions, out, on_done=counts.append) == 0
+    assert answer_file(answerer, questions, out, on_done=counts.append) == 0
     assert out.read_bytes() == before and counts[-1] == 4
     assert unanswered(questions, pictures / "none.jsonl") == questions
 
@@ -163,7 +261,7 @@ def test_a_file_of_something_else_stays_as_it_is(tmp_path, text, message):
     assert path.read_text() == text
 
 
-def test_each_answer_is_kept_before_the_next_batch(asker, pictures, monkeypatch):
+def test_each_answer_is_kept_before_the_next_batch(answerer, pictures, monkeypatch):
     records = [{"id": n, "image": "red.png", "question": f"Q{n}?"} for n in range(3)]
     questions, _ = read_questions(write_lines(pictures / "in.jsonl", *records))
 
@@ -173,7 +271,7 @@ def test_each_answer_is_kept_before_the_next_batch(asker, pictures, monkeypatch)
 
     out = pictures / "out.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        answer_file(asker, questions, out, on_done=on_done)
+        answer_file(answerer, questions, out, on_done=on_done)
     assert answers(out).keys() == {0, 1}
 
 

@@ -146,7 +146,7 @@ def test_missing_files(tmp_path, checkpoint):
     with pytest.raises(FileNotFoundError, match=r"has no transformer.visual.\* in any of model"):
         load_visual(empty)
     (checkpoint / "b.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"shards are missing: .*b\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"checkpoint lacks shards: .*b\.safetensors"):
         load_visual(checkpoint)
 
 

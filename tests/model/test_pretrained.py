@@ -6,6 +6,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -259,3 +260,39 @@ def test_training_warns_of_no_loss_type(transformers_log, kind):
     ids = torch.tensor([[1, 2, 3]])
     assert torch.isfinite(kind(tiny_config())(input_ids=ids, labels=ids).loss)
     assert "loss_type" not in transformers_log.text
+
+
+class Attack:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_pickles_only_when_asked(model, tmp_path):
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"base .* holds only pickles \(pytorch_model.bin\)"):
+        load_model(tmp_path, "base")
+    assert_same_weights(load_model(tmp_path, allow_pickle=True), model)
+    torch.save({"lm_head.weight": Attack(tmp_path / "attacked")}, tmp_path / "pytorch_model.bin")
+    for load in (MonkeyLMHeadModel.from_pretrained, partial(load_model, allow_pickle=True)):
+        with pytest.raises(ValueError, match=r"pytorch_model.* no readable weights file") as error:
+            load(tmp_path)
+        assert "weights_only" not in str(error.value)
+    assert not (tmp_path / "attacked").exists()
+
+
+def test_no_way_round_the_rule_for_pickles(model, shards):
+    """What transformers would follow: an adapter beside the model, and weights named by config."""
+    (shards / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="base must be a whole model without an adapter beside it"):
+        load_model(shards, "base")
+    (shards / "adapter_config.json").unlink()
+    edit_config(shards, transformers_weights="adapter_model.bin")
+    for load in (load_model, load_visual):
+        with pytest.raises(ValueError, match="must not name its weights in 'transformers_weights'"):
+            load(shards)
