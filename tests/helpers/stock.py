@@ -1,19 +1,16 @@
 """Stand-ins in upstream's layout: the names, the sequential encoder, the loop over crops.
 
-What someone has who keeps their own upstream model object. The arithmetic of the encoder is that of
-``benchmarks/baselines.py``, which is held against upstream's outputs; the LLM is only a stand-in.
+What someone has who keeps their own upstream model object. The LLM is only a stand-in.
 """
 
 from __future__ import annotations
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig
 
-from benchmarks import baselines
-from monkey_model.visual import VisionTransformer as OurVisionTransformer
+from tests.helpers.stock_visual import VisionTransformer
 from tests.helpers.tiny import END, IMG, PAD, QUERIES, SPAN, VOCAB
 
 VISUAL = {
@@ -26,52 +23,6 @@ VISUAL = {
     "n_queries": QUERIES,
     "output_dim": 128,
 }
-
-
-class VisionTransformer(nn.Module):
-    """Upstream's encoder: one crop position after the other, images by their paths."""
-
-    def __init__(
-        self,
-        image_size,
-        patch_size,
-        width,
-        layers,
-        heads,
-        mlp_ratio,
-        n_queries,
-        output_dim,
-        lora_repeat_num=4,
-        **kwargs,
-    ):
-        super().__init__()
-        ours = OurVisionTransformer(
-            image_size,
-            patch_size,
-            width,
-            layers,
-            heads,
-            mlp_ratio,
-            n_queries,
-            output_dim,
-            lora_repeat_num,
-        )
-        self.image_size = (image_size, image_size)
-        self.patch_size = (patch_size, patch_size)
-        self.output_dim = output_dim
-        for name, module in ours.named_children():
-            setattr(self, name, module)
-        self.positional_embedding, self.proj = ours.positional_embedding, ours.proj
-
-    def encode(self, image_paths):
-        crops = [baselines.upstream_crops(Image.open(path)) for path in image_paths]
-        crops = torch.stack(crops)  # [B, 5, 3, 448, 448]
-        return [[crops[:, 0], crops[:, 1]], [crops[:, 2], crops[:, 3]]], crops[:, 4]
-
-    def forward(self, x, idx=None):
-        x = x.to(self.conv1.weight.device, self.conv1.weight.dtype)
-        x = baselines.upstream_resampler(self.attn_pool, baselines.upstream_vit(self, x, idx))
-        return self.ln_post(x) @ self.proj
 
 
 class Attention(nn.Module):

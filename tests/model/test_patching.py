@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
 
+from benchmarks.results import ROOT
 from monkey_model.freeze import freeze
 from monkey_model.patching import patch_visual, unpatch_visual
 from monkey_model.training.peft_presets import lora_config
 from monkey_model.visual import VisionTransformer
+from tests.helpers import stock as stock_module
 from tests.helpers.golden import DATA
 from tests.helpers.stock import StockModel, image_ids
 from tests.helpers.tiny import tiny_model
@@ -247,6 +252,104 @@ def test_copies_of_a_patched_model(stock):
         unpatch_visual(twin)
         assert torch.equal(twin.transformer.visual.proj, 2 * stock.transformer.visual.proj)
         twin(image_ids(IMAGE))
+
+
+# ---- beside upstream's own package --------------------------------------------------------------
+
+# In upstream's shape: a folder of that name without __init__.py, whose files import each other by
+# absolute names; and the copy in a checkpoint, where they do so relatively.
+CLONE = {
+    "visual.py": "from tests.helpers.stock_visual import VisionTransformer",
+    "modeling_monkey.py": """
+import types
+
+import torch
+
+from monkey_model.visual import VisionTransformer
+
+
+class MonkeyModel(torch.nn.Module):
+    def __init__(self, visual):
+        super().__init__()
+        self.visual = VisionTransformer(**visual)
+
+    def forward(self, paths):
+        windows, images_448 = self.visual.encode(paths)
+        crops = [crop for row in windows for crop in row]
+        tokens = [self.visual(crop, idx=idx) for idx, crop in enumerate(crops)]
+        return torch.cat([*tokens, self.visual(images_448)], dim=1)
+
+
+class MonkeyLMHeadModel(torch.nn.Module):
+    def __init__(self, visual):
+        super().__init__()
+        self.config = types.SimpleNamespace(visual=visual)
+        self.transformer = MonkeyModel(visual)
+""",
+}
+
+PROGRAM = """
+import importlib.util, re, sys
+from importlib.metadata import requires
+
+needed = {"torch", "pillow", "numpy"}
+for line in requires("monkey-vision"):
+    name = re.match(r"[A-Za-z0-9_.-]+", line)[0].lower()
+    if name not in needed:
+        sys.modules[{"pyyaml": "yaml"}.get(name, name)] = None
+sys.modules["tokenizers"] = sys.modules["huggingface_hub"] = None
+
+import torch
+
+from monkey_model import patch_visual, unpatch_visual
+
+picture, visual, name, init = sys.argv[1], eval(sys.argv[2]), sys.argv[3], sys.argv[4:]
+if init:  # as transformers loads a checkpoint's own code
+    spec = importlib.util.spec_from_file_location(name.split(".")[0], init[0])
+    package = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = package
+    spec.loader.exec_module(package)
+MonkeyLMHeadModel = importlib.import_module(name).MonkeyLMHeadModel
+assert MonkeyLMHeadModel.__module__ == name
+model = MonkeyLMHeadModel(visual).eval()
+with torch.no_grad():
+    for key, parameter in model.named_parameters():
+        if key.endswith(("lora_b.weight", "lora_scale")):
+            parameter.normal_(std=0.5)
+    stock = model.transformer.visual
+    expected = model.transformer([picture])
+    patch_visual(model)
+    assert type(model.transformer.visual).__module__ == "monkey_model.patching"
+    torch.testing.assert_close(model.transformer([picture]), expected, rtol=2e-5, atol=2e-5)
+    unpatch_visual(model)
+    assert model.transformer.visual is stock
+    assert torch.equal(model.transformer([picture]), expected)
+print(sorted(name for name in ("transformers", "peft", "rich") if sys.modules.get(name)))
+"""
+
+
+@pytest.mark.parametrize("shape", ["a renamed clone", "a checkpoint's own code"])
+def test_beside_upstreams_package_with_torch_alone(tmp_path, shape):
+    """Two packages of one name, and none of what else the project depends on."""
+    renamed = shape == "a renamed clone"
+    folder = tmp_path / ("stock_monkey" if renamed else "checkpoint")
+    folder.mkdir()
+    for file, text in CLONE.items():  # the page's command; or how files of a checkpoint import
+        text = text.replace("monkey_model.", "stock_monkey." if renamed else ".")
+        (folder / file).write_text(text)
+    arguments = [str(DATA / IMAGE), repr(stock_module.VISUAL), f"{folder.name}.modeling_monkey"]
+    if not renamed:
+        (folder / "__init__.py").touch()
+        arguments.append(str(folder / "__init__.py"))
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
 
 
 # ---- bad input ----------------------------------------------------------------------------------
