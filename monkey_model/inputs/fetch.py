@@ -92,6 +92,8 @@ def _get(url: str, max_bytes: int, deadline: float) -> tuple[bytes, str | None]:
             body += chunk
             if len(body) > max_bytes:
                 raise ValueError(f"it sends more than max_bytes = {max_bytes} bytes")
+        if response.length:  # what Content-Length still promises
+            raise OSError(f"the body ended {response.length} bytes before its Content-Length")
         return bytes(body), None
 
 

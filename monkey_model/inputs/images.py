@@ -17,11 +17,18 @@ from typing import IO, Any, TypeAlias
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from monkey_kernels import extract_crops
 from monkey_model.inputs.fetch import SCHEME, fetch, redact
+from monkey_model.inputs.picture_files import (
+    check_exif,
+    check_opened,
+    check_pixels,
+    open_file,
+    open_picture,
+)
 
 ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
 
@@ -60,10 +67,12 @@ def load_image(
     Args:
         source: one of
 
-            - a path, or the bytes of an image file, in any format that Pillow reads;
+            - a path, or the bytes of an image file: JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM, ICO, or
+              AVIF where Pillow has it;
             - a string ``http://...`` or ``https://...``, if ``allow_urls``;
-            - a Pillow image (of an animation, its current frame). Modes ``I`` and ``F`` are grey
-              in 0..65535 and in 0..1;
+            - a Pillow image (of an animation, its current frame), if it is opened from one of
+              these formats, or made in memory. Modes ``I`` and ``F`` are grey in 0..65535 and in
+              0..1;
             - an array or tensor [H, W] or [H, W, C] with C = 1 (grey), 3 (RGB) or 4 (RGBA), of
               dtype uint8 (0..255), uint16 (0..65535) or bool (black and white);
             - a float array [H, W, 3] or a float tensor [3, H, W], 0..1.
@@ -82,10 +91,11 @@ def load_image(
 
     Raises:
         TypeError: ``source`` of another type, or of a dtype that is not listed.
-        ValueError: not an image, or a damaged, truncated or empty one; more pixels than
-            ``PIL.Image.MAX_IMAGE_PIXELS``; another array shape; float values outside 0..1 or NaN;
-            a web address that is not allowed, or sends more than ``max_bytes``; another URL scheme;
-            ``fast_decode``, ``max_bytes`` or ``timeout`` not positive.
+        ValueError: not an image, or a damaged, truncated or empty one; another format; not a
+            regular file; more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``, or over a limit of
+            :mod:`monkey_model.inputs.picture_files`; another array shape; float values outside
+            0..1 or NaN; a web address that is not allowed, or sends more than ``max_bytes``;
+            another URL scheme; ``fast_decode``, ``max_bytes`` or ``timeout`` not positive.
         OSError: the file cannot be opened (``FileNotFoundError``, ``IsADirectoryError``, ...), or
             the address cannot be fetched (``TimeoutError`` after ``timeout`` seconds).
 
@@ -120,7 +130,7 @@ def load_image(
     if isinstance(source, (str, os.PathLike)):
         path = os.fsdecode(source)
         try:
-            with open(path, "rb") as file:
+            with open_file(path) as file:
                 return _decode(file, repr(path), fast_decode)
         except OSError as error:  # OSError picks its subclass by the number
             message = f"source cannot be opened: {error.strerror}"
@@ -175,23 +185,18 @@ def _decode(
 ) -> Tensor:
     """A file or Pillow image to uint8 [H, W, 3]; ``name`` says in errors which one."""
     try:
-        image = source if isinstance(source, Image.Image) else Image.open(source)
-        # Pillow itself only warns between one and two times the limit. Asking it to raise would
-        # change warning filters, which all threads share.
-        limit, count = Image.MAX_IMAGE_PIXELS, image.height * image.width
-        if limit is not None and count > limit:
-            size = f"{image.height}x{image.width} = {count} pixels"
-            raise ValueError(f"{size} exceed PIL.Image.MAX_IMAGE_PIXELS = {limit}")
-        if image.format == "EPS":
-            raise ValueError("EPS is a program, which Pillow would run in Ghostscript")
+        if isinstance(source, Image.Image):
+            image = source
+            check_opened(image)
+        else:
+            image = open_picture(source)
+        check_pixels(image.height, image.width)
         if fast_decode is not None and image.format in ("JPEG", "MPO"):
             height, width = fast_decode[::-1] if _orientation(image) >= 5 else fast_decode
             image.draft(None, (width, height))
         image.load()
+        check_pixels(image.height, image.width)  # a header need not tell the truth
         return _copy_pixels(image, _orientation(image))
-    except UnidentifiedImageError:
-        message = f"source {name} is not an image file of a format that Pillow reads"
-        raise ValueError(message) from None
     except MemoryError:
         raise
     except Exception as error:
@@ -202,6 +207,7 @@ def _decode(
 
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation, 1..8; 1 (upright) where there is none."""
+    check_exif(len(image.info.get("exif") or b""))
     try:
         value = image.getexif().get(ExifTags.Base.Orientation)
     except (SyntaxError, struct.error, TypeError, ValueError, KeyError):

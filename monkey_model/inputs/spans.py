@@ -6,6 +6,7 @@ positions may hold an image's path, one id per UTF-8 byte; the others are ``<img
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -93,12 +94,18 @@ def confine(path: str, root: str | os.PathLike[str]) -> str:
     """``path`` taken relative to ``root``, and followed through links.
 
     Raises:
-        ValueError: it is absolute, or leads out of ``root``.
+        ValueError: it is absolute, leads out of ``root``, or into links that lead to each other.
     """
-    base = Path(root).resolve()
-    target = (base / path).resolve()
+    # Not Path.resolve, which answers a loop of links by a RuntimeError before Python 3.13.
+    base = Path(os.path.realpath(root))
+    target = Path(os.path.realpath(base / path))
     if os.path.isabs(path) or not target.is_relative_to(base):
         raise ValueError(f"path must be a relative one inside image_root, {base}; got {path!r}")
+    try:
+        os.stat(target)
+    except OSError as error:  # any other is the opener's to report
+        if error.errno == errno.ELOOP:
+            raise ValueError(f"path must not lead into a loop of links; got {path!r}") from None
     return str(target)
 
 

@@ -28,6 +28,7 @@ from torch.utils.data import Dataset
 from monkey_kernels.checks import check_positive_int
 from monkey_model.files import json_lines, list_problems, parse_json, read_text
 from monkey_model.inputs.fetch import SCHEME, redact
+from monkey_model.inputs.picture_files import open_file, open_picture
 from monkey_model.inputs.prompts import check_no_surrogates
 
 IGNORED = -100
@@ -186,10 +187,11 @@ def _unreadable_images(conversations: Iterable[Conversation]) -> list[str]:
 
 def _why_unreadable(image: str) -> str | None:
     try:
-        with Image.open(image):
-            return None
+        with open_file(image) as file:
+            open_picture(file, header_only=True)
+        return None
     except OSError as error:
-        return error.strerror or "it is no image file of a format that Pillow reads"
+        return error.strerror or str(error)
     except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
         return str(error)
 
