@@ -101,7 +101,7 @@ def open_picture(file: IO[bytes], *, header_only: bool = False) -> Image.Image:
     except UnidentifiedImageError:
         formats = ", ".join(_formats())
         found = _recognise(file)
-        what = f"{found} is" if found else "it is damaged, or"
+        what = f"it looks like {found}, which is" if found else "it is damaged, or"
         raise ValueError(f"{what} not one of {formats}") from None
     metered.reads_left = MAX_READS
     return image

@@ -119,7 +119,7 @@ def test_one_bad_image_among_many(run, tmp_path):
     missing = tmp_path / "missing.jpg"
     images = [good[0], bad, good[1], missing, good[2]]
     output = run("encode", *images, "--batch-size", "2", code=1)
-    assert "bad.jpg' is not an image file" in output
+    assert "bad.jpg' is not a readable image" in output
     assert "missing.jpg" in output and "2 of 5 images were not encoded" in output
     names = sorted(path.name for path in (tmp_path / "tokens").iterdir())
     assert names == ["blue.png.safetensors", "green.png.safetensors", "red.png.safetensors"]

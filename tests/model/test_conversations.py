@@ -106,7 +106,7 @@ def test_image_root(write, folder):
         (record("<img>http://u:pw@x.org/a.png</img>", "b"), r"not URLs; got 'http://\*\*\*@x.org"),
         (record("a", IMAGE), r"\[1\]\['value'\] must hold no <img>: images belong to the user"),
         (record("<img>no.png</img>", "b"), "image '.*no.png' cannot be read: No such file"),
-        (record("<img>broken.png</img>", "b"), "broken.png' cannot be read: it is no image file"),
+        (record("<img>broken.png</img>", "b"), "broken.png' cannot be read: it is damaged, or not"),
     ],
 )
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl"])

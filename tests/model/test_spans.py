@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -175,6 +176,24 @@ def test_paths_that_leave_the_root(model, folder, path):
     message = "holds no path" if not path else "must be a relative one inside image_root"
     with pytest.raises(ValueError, match=f"image 0 of row 0 of input_ids .*{message}"):
         model(torch.tensor([span(path)]))
+
+
+@pytest.mark.parametrize("path", ["loop.jpg", "loop.jpg/a.jpg"])
+def test_links_that_lead_to_each_other(model, folder, path):
+    (folder / "root" / "loop.jpg").symlink_to("pool.jpg")
+    (folder / "root" / "pool.jpg").symlink_to("loop.jpg")
+    model.transformer.image_root = folder / "root"
+    message = f"image 0 of row 0 .* path must not lead into a loop of links; got '{path}'"
+    with pytest.raises(ValueError, match=message):
+        model(torch.tensor([span(path)]))
+
+
+def test_a_pipe_inside_the_root(model, folder):
+    """Opening it would wait for a writer."""
+    os.mkfifo(folder / "root" / "pipe.jpg")
+    model.transformer.image_root = folder / "root"
+    with pytest.raises(ValueError, match=r"image 0 of row 0 .*pipe\.jpg' must be a regular file"):
+        model(torch.tensor([span("pipe.jpg")]))
 
 
 def test_an_absolute_path_inside_the_root_is_absolute(model, folder):
