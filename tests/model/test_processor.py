@@ -108,7 +108,7 @@ def test_wrong_settings(settings: dict, error: type, message: str) -> None:
 
 def test_unreadable_images(processor: MonkeyProcessor) -> None:
     image_processor = processor.image_processor
-    with pytest.raises(ValueError, match=r"images\[1\]: source of 3 bytes is not an image"):
+    with pytest.raises(ValueError, match=r"images\[1\]: source of 3 bytes is not a readable image"):
         image_processor([A, b"abc"])
     with pytest.raises(FileNotFoundError, match=r"nowhere\.png"):
         image_processor("nowhere.png")
