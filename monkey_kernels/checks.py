@@ -17,13 +17,15 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
 
 
-def check_int(name: str, value: Any, least: int) -> None:
+def check_int(name: str, value: Any, least: int, most: int | None = None) -> None:
     # bool is an int to Python, never to a reader of this argument.
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int; got {type(value).__name__}")
     if value < least:
         expected = "positive" if least == 1 else f"at least {least}"
         raise ValueError(f"{name} must be {expected}; got {value}")
+    if most is not None and value > most:
+        raise ValueError(f"{name} must be at most {most}; got {value}")
 
 
 def check_positive_int(name: str, value: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from monkey_model.configuration_qwen import QWenConfig
+from monkey_model.families import check_is_monkey
 
 # The published checkpoints' own.
 _VISUAL = {
@@ -32,7 +33,8 @@ class MonkeyConfig(QWenConfig):
             ``</img>`` and ``<imgpad>`` are the next two.
 
     Raises:
-        ValueError: ``visual`` has no image_start_id, or its output_dim is not hidden_size.
+        ValueError: ``visual`` is of another family, has no image_start_id, or its output_dim is not
+            hidden_size.
 
     Source: upstream ``monkey_model/configuration_monkey.py`` and ``config.json``.
     """
@@ -45,6 +47,7 @@ class MonkeyConfig(QWenConfig):
     visual: dict[str, Any] = field(default_factory=_VISUAL.copy)
 
     def __post_init__(self, **kwargs: Any) -> None:
+        check_is_monkey(self.visual)
         if kwargs.get("tokenizer_class", ...) is None:
             del kwargs["tokenizer_class"]  # null in a config file says nothing
         if not isinstance(self.visual.get("image_start_id"), int):

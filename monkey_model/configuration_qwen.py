@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from monkey_kernels.checks import check_int
+
 
 class QWenConfig(PreTrainedConfig):
     """Upstream's fields and defaults.
@@ -72,6 +74,8 @@ class QWenConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
+            check_int(name, getattr(self, name), least=1, most=2**24)  # beyond, torch overflows
         if self.hidden_size != self.num_attention_heads * self.kv_channels:
             raise ValueError(
                 "hidden_size must be num_attention_heads * kv_channels, "

@@ -21,6 +21,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from monkey_model.configuration_monkey import MonkeyConfig
 from monkey_model.encoder.crop_adapters import Lora_Adapter
 from monkey_model.encoder.resampler import Resampler, get_2d_sincos_pos_embed
+from monkey_model.families import family_of_keys
+from monkey_model.files import list_problems
 from monkey_model.inputs.images import load_image
 from monkey_model.inputs.spans import ImageSpan, find_spans, locate, mask_spans, read_path
 from monkey_model.modeling_qwen import (
@@ -41,6 +43,28 @@ class MonkeyPreTrainedModel(QWenPreTrainedModel):
     config_class = MonkeyConfig
     # The encoder's position tables and `proj` are its own, so it stays on one device as a whole.
     _no_split_modules = ["QWenBlock", "VisionTransformer"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$"]  # noqa: RUF012
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As :class:`QWenPreTrainedModel`'s, and no weight of the checkpoint is left out.
+
+        Raises:
+            ValueError: weights that the model has not; or QWenPreTrainedModel's errors.
+            OSError: QWenPreTrainedModel's.
+        """
+        wanted = kwargs.pop("output_loading_info", False)
+        where = pretrained_model_name_or_path
+        model, info = super().from_pretrained(where, *args, **kwargs, output_loading_info=True)
+        # A bare MonkeyModel has no head, and is loaded from checkpoints that have one.
+        head = () if hasattr(model, "lm_head") else ("lm_head.",)
+        left = sorted(key for key in info["unexpected_keys"] if not key.startswith(head))
+        if left:
+            raise ValueError(
+                f"{where} has weights that its config's model has not{family_of_keys(left)}: "
+                f"{list_problems(left, 5, ', ')}"
+            )
+        return (model, info) if wanted else model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -38,6 +38,7 @@ from monkey_model.encoder.parameter_cache import ParameterCache
 from monkey_model.encoder.positions import get_2d_sincos_pos_embed, get_abs_pos, resized_positions
 from monkey_model.encoder.resampler import Resampler
 from monkey_model.encoder.vit import TransformerBlock, VisualAttention, VisualAttentionBlock
+from monkey_model.families import check_is_monkey
 from monkey_model.gradient_checkpointing import check_not_reentrant
 from monkey_model.inputs.images import ImageSource, load_crops
 
@@ -53,6 +54,9 @@ __all__ = [
     "reconstruct_matrix",
     "sliding_window",
 ]
+
+# Of a size in a config, far beyond any encoder's: what torch makes of larger ones overflows.
+_LARGEST = 2**18
 
 
 def sliding_window(matrix: Tensor, window_size: tuple[int, int], stride: int) -> list[list[Tensor]]:
@@ -134,12 +138,14 @@ class VisionTransformer(nn.Module):
             ("n_queries", n_queries),
             ("output_dim", output_dim),
         ):
-            check_positive_int(name, size)
-        check_int("lora_repeat_num", lora_repeat_num, least=0)
+            check_int(name, size, least=1, most=_LARGEST)
+        check_int("lora_repeat_num", lora_repeat_num, least=0, most=_LARGEST)
         if not isinstance(mlp_ratio, (int, float)):
             raise TypeError(f"mlp_ratio must be a number; got {type(mlp_ratio).__name__}")
-        if not (math.isfinite(mlp_ratio) and width * mlp_ratio >= 1):
-            raise ValueError(f"mlp_ratio must give the MLP a width of at least 1; got {mlp_ratio}")
+        if not (math.isfinite(mlp_ratio) and 1 <= width * mlp_ratio <= _LARGEST):
+            raise ValueError(
+                f"mlp_ratio must give the MLP a width of 1 to {_LARGEST}; got {mlp_ratio}"
+            )
         check_divides("heads", heads, "width", width)
         if crop_size % patch_size:
             raise ValueError(
@@ -198,8 +204,9 @@ class VisionTransformer(nn.Module):
             overrides: outrank ``visual``; None says nothing.
 
         Raises:
-            TypeError, ValueError: the constructor's.
+            TypeError, ValueError: the constructor's; or ``visual`` is of another family.
         """
+        check_is_monkey(visual)
         given = {name: value for name, value in overrides.items() if value is not None}
         return cls(**{"interpolation": "bicubic", **visual, **given})
 

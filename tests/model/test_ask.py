@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from monkey_model.commands.__main__ import app
@@ -182,6 +182,23 @@ def test_pickles_are_read_only_when_asked(trained, pictures, monkeypatch):
         message = one_error_line([*command, "--allow-pickle"])
         assert "is no readable weights file" in message
     assert not (pictures / "attacked").exists()
+
+
+@pytest.mark.parametrize("told_by", ["config", "weights"])
+def test_textmonkey_is_refused_by_every_command(trained, pictures, told_by, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    base, adapter = trained
+    if told_by == "config":
+        config = json.loads((base / "config.json").read_text())
+        config["visual"] |= {"add_window": True, "resampler": True, "r": 512}
+        (base / "config.json").write_text(json.dumps(config))
+    else:
+        state = load_file(base / "model.safetensors")
+        state["transformer.visual.downresampler.query"] = torch.ones(2)
+        save_file(state, base / "model.safetensors", {"format": "pt"})
+    encode = ["encode", pictures / "red.png", "--checkpoint", base, "--device", "cpu"]
+    for command in [encode, *commands(base, adapter, pictures)]:
+        assert "this is TextMonkey, whose encoder has" in one_error_line(command)
 
 
 def test_an_adapters_pickle_is_read_only_when_asked(trained, pictures, monkeypatch):

@@ -6,9 +6,13 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from monkey_model.checkpoint import PREFIX, load_visual
+from monkey_model.configuration_monkey import MonkeyConfig
+from monkey_model.image_processing_monkey import MonkeyImageProcessor
+from monkey_model.visual import VisionTransformer
 from tests.helpers.golden import assert_tokens_match, load_golden
 from tests.helpers.tiny import VISUAL, tiny_encoder
 
@@ -193,3 +197,80 @@ def test_wrong_keys_and_shapes_are_named(tmp_path, encoder):
     assert "missing transformer.visual.ln_pre.bias" in message
     assert "unexpected transformer.visual.extra" in message
     assert "transformer.visual.proj must be [128, 128], got [3, 4]" in message
+
+
+# TextMonkey's, as upstream's fine-tuning writes them.
+TEXTMONKEY = {"add_window": True, "use_global": True, "resampler": True, "r": 512}
+WINDOW = "transformer.visual.transformer.window_attention.0.qkv.weight"
+
+
+@pytest.mark.parametrize("field", TEXTMONKEY)
+def test_textmonkey_is_told_by_its_config(checkpoint, field):
+    visual = {**VISUAL, field: TEXTMONKEY[field]}
+    write_config(checkpoint, **visual)
+    message = f"got {field}: this is TextMonkey"
+    for load in (
+        lambda: load_visual(checkpoint),
+        lambda: MonkeyImageProcessor.from_pretrained(checkpoint),
+        lambda: VisionTransformer.from_config(visual),
+        lambda: MonkeyConfig(visual={**MonkeyConfig().visual, field: TEXTMONKEY[field]}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load()
+    # Upstream's constructor ignores the keys that it does not know.
+    VisionTransformer(**visual)
+
+
+def test_textmonkey_is_told_by_its_weights(tmp_path, encoder):
+    write_config(tmp_path)
+    state = full_state(encoder) | {WINDOW: torch.zeros(1)}
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"\(this is TextMonkey.*: unexpected {WINDOW}"):
+        load_visual(tmp_path)
+
+
+def test_a_name_that_is_there_twice(tmp_path, checkpoint, encoder):
+    shard = checkpoint / "b.safetensors"
+    with safe_open(shard, "pt") as file:
+        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    with safe_open(checkpoint / "a.safetensors", "pt") as file:
+        twice = sorted(file.keys())[0]
+        save_file({**state, twice: file.get_tensor(twice)}, shard)
+    with pytest.raises(ValueError, match=rf"a\.safetensors and b\.safetensors both hold {twice}"):
+        load_visual(checkpoint)
+    # In one file: safetensors reads the last of two entries of the same name.
+    write_config(tmp_path)
+    path = tmp_path / "model.safetensors"
+    save_file(full_state(encoder), path)
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + size].rstrip()
+    entry = json.dumps(json.loads(header)[PREFIX + "proj"])
+    header = header[:-1] + f', "{PREFIX}proj": {entry}}}'.encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size :])
+    with pytest.raises(ValueError, match=rf"an object has the key '{PREFIX}proj' twice"):
+        load_visual(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_no_numbers_are_named(tmp_path, encoder, value):
+    write_config(tmp_path)
+    state = full_state(encoder)
+    state[PREFIX + "proj"][3, 4] = value
+    save_file(state, tmp_path / "model.safetensors")
+    message = r"holds NaN or infinity in transformer.visual.proj \(torch.float32\)$"
+    with pytest.raises(ValueError, match=message):
+        load_visual(tmp_path)
+    # Fine in bfloat16, too large for float16.
+    state[PREFIX + "proj"][3, 4] = 1e6
+    save_file(state, tmp_path / "model.safetensors")
+    load_visual(tmp_path, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"in transformer.visual.proj \(torch.float16\)$"):
+        load_visual(tmp_path, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("field", ["width", "layers", "output_dim", "lora_repeat_num", "n_queries"])
+def test_sizes_beyond_any_tensor(checkpoint, field):
+    write_config(checkpoint, **{field: 10**9})
+    with pytest.raises(ValueError, match=f"{field} must be at most 262144; got 1000000000"):
+        load_visual(checkpoint)

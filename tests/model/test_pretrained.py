@@ -296,3 +296,46 @@ def test_no_way_round_the_rule_for_pickles(model, shards):
     for load in (load_model, load_visual):
         with pytest.raises(ValueError, match="must not name its weights in 'transformers_weights'"):
             load(shards)
+
+
+def add_weights(shards: Path, **weights: torch.Tensor) -> None:
+    shard = sorted(shards.glob("model-*.safetensors"))[0]
+    save_file({**load_file(shard), **weights}, shard, {"format": "pt"})
+
+
+def test_no_weight_is_left_out(model, shards):
+    add_weights(shards, **{"transformer.h.0.attn.rotary_emb.inv_freq": torch.ones(2)})  # harmless
+    assert_same_weights(load_model(shards), model)
+    assert type(AutoModel.from_pretrained(shards)) is MonkeyModel  # leaves the head out
+    add_weights(shards, **{"transformer.h.9.ln_1.weight": torch.ones(2)})
+    for load in (load_model, MonkeyLMHeadModel.from_pretrained, AutoModel.from_pretrained):
+        with pytest.raises(ValueError, match=r"model has not: (transformer.)?h.9.ln_1.weight$"):
+            load(shards)
+    add_weights(shards, **{"transformer.visual.downresampler.query": torch.ones(2)})
+    for load in (load_model, MonkeyLMHeadModel.from_pretrained, AutoModel.from_pretrained):
+        with pytest.raises(ValueError, match=r"model has not \(this is TextMonkey"):
+            load(shards)
+
+
+def test_what_is_no_number_is_named(model, shards):
+    weight = model.lm_head.weight.detach().clone()
+    weight[3] = float("nan")
+    drop_weights(shards, {"lm_head.weight"})
+    add_weights(shards, **{"lm_head.weight": weight})
+    with pytest.raises(ValueError, match=r"holds NaN or infinity in lm_head.weight \(torch.float3"):
+        load_model(shards)
+
+
+def test_a_weight_that_is_there_twice(model, shards):
+    add_weights(shards, **{"lm_head.weight": model.lm_head.weight.detach()})
+    name = "transformer.wte.weight"
+    add_weights(shards, **{name: model.transformer.wte.weight.detach()})
+    with pytest.raises(ValueError, match=r"safetensors both hold (lm_head|transformer.wte).weight"):
+        load_model(shards)
+
+
+@pytest.mark.parametrize("field", ["vocab_size", "intermediate_size", "num_hidden_layers"])
+def test_sizes_beyond_any_tensor(shards, field):
+    edit_config(shards, **{field: 10**9})
+    with pytest.raises(ValueError, match=f"{field} must be at most 16777216; got 1000000000"):
+        load_model(shards)
