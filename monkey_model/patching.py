@@ -11,6 +11,9 @@ layers stay as they are. What changes is the code around them.
 Upstream's model calls ``visual.encode(paths)`` and then ``visual(crop, idx)`` for each crop
 position. The patched encoder remembers the crops that ``encode`` gave out; when the first of them
 comes back it encodes all in one pass, and answers the others from that.
+
+Torch, numpy and Pillow are enough here, so that it runs beside the transformers release that
+upstream's code needs; ``docs/two-packages.md`` says how two packages of one name share a process.
 """
 
 from __future__ import annotations
