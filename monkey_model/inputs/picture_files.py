@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import re
 import stat
@@ -37,6 +38,8 @@ MAX_IMAGE_CHUNKS = 100_000  # of a PNG: 800 MB in the usual 8 KiB
 MAX_OTHER_CHUNKS = 1_000  # of a PNG: text, colours, dates
 MAX_TAG_VALUES = 2**18  # numbers in a tag of a TIFF: its strips, say, or three curves of 16 bits
 MAX_ICONS = 256  # in an ICO
+MAX_BOXES = 1_000  # of an AVIF, on the outside: an honest one has three or four
+MAX_BOX_BYTES = 2**17  # its lists of items and frames, which libavif goes through for each of them
 MAX_PLAIN_BYTES = 2**24  # of a PPM in decimal digits, which Python parses: 3 seconds or so
 MAX_PLAIN_COMMENTS = 1_000  # in one, each moves up to 1 MiB
 
@@ -103,7 +106,7 @@ def open_picture(file: IO[bytes], *, header_only: bool = False) -> Image.Image:
         found = _recognise(file)
         what = f"it looks like {found}, which is" if found else "it is damaged, or"
         raise ValueError(f"{what} not one of {formats}") from None
-    metered.reads_left = MAX_READS
+    metered.start_pixels()
     return image
 
 
@@ -111,8 +114,8 @@ def _check_structure(file: IO[bytes], checks: Checks) -> None:
     """Refuse a file whose parts are more than a decoder should have to visit."""
     file.seek(0)
     prefix = file.read(8)
-    for magic, check in checks:
-        if prefix.startswith(magic):
+    for signature, check in checks:
+        if re.match(signature, prefix, re.DOTALL):
             file.seek(0)
             check(file)
     file.seek(0)
@@ -173,20 +176,25 @@ def _recognise(file: IO[bytes]) -> str | None:
 
 
 class _Metered:
-    """The part of a file that Pillow uses, for a limited number of reads and bytes."""
+    """The part of a file that Pillow uses, for a limited number of reads."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
-        self.reads_left = MAX_HEADER_READS
-        # Read for its size, its header and its pixels, and once more; the rest is for small files.
-        self._bytes_left = 4 * size + 2**20
         self.seek, self.tell, self.fileno = file.seek, file.tell, file.fileno
+        self._reads_left = MAX_HEADER_READS
+        # A header is read once or twice; 1 MiB is for small files.
+        self._bytes_left: float = 4 * size + 2**20
+
+    def start_pixels(self) -> None:
+        """The header is read. Bytes do not count now: Pillow takes 64 KiB for each strip."""
+        self._reads_left = MAX_READS
+        self._bytes_left = math.inf
 
     def read(self, size: int = -1) -> bytes:
-        self.reads_left -= 1
-        if self.reads_left < 0:
+        self._reads_left -= 1
+        if self._reads_left < 0:
             raise ValueError(
                 "it is cut into too many parts: more than MAX_HEADER_READS = "
                 f"{MAX_HEADER_READS} of metadata, or MAX_READS = {MAX_READS} of pixels"
@@ -194,7 +202,7 @@ class _Metered:
         data = self._file.read(size)
         self._bytes_left -= len(data)
         if self._bytes_left < 0:
-            raise ValueError("its parts overlap: they hold more than four times its bytes")
+            raise ValueError("parts of its header overlap: they hold four times the file's bytes")
         return data
 
 
@@ -335,12 +343,38 @@ def _check_plain_ppm(file: IO[bytes]) -> None:
             raise ValueError(f"a PPM in decimal digits may have at most {name}")
 
 
-Checks: TypeAlias = tuple[tuple[bytes | tuple[bytes, ...], Callable[[IO[bytes]], None]], ...]
+def _check_avif(file: IO[bytes]) -> None:
+    """Measure its lists, in which libavif searches for each of their entries."""
+    lists = 0
+    for _ in range(MAX_BOXES):
+        head = file.read(16)
+        if len(head) < 8:
+            return
+        size, kind = struct.unpack_from(">I4s", head)
+        if size == 1:  # it follows
+            size = int.from_bytes(head[8:], "big")
+        if kind in (b"meta", b"moov"):
+            lists += size or MAX_BOX_BYTES + 1  # 0: all that is left
+        if lists > MAX_BOX_BYTES:
+            name = f"MAX_BOX_BYTES = {MAX_BOX_BYTES}"
+            raise ValueError(f"the lists of an AVIF may have at most {name}")
+        if not 8 <= size < 2**62:
+            return
+        file.seek(size - len(head), os.SEEK_CUR)
+    raise ValueError(f"an AVIF may have at most MAX_BOXES = {MAX_BOXES} boxes")
 
-_HEADER_CHECKS: Checks = (((b"II", b"MM"), _check_tiff), (b"\0\0\1\0", _check_ico))
+
+# By the first 8 bytes of a file, as Pillow's plugins tell their formats.
+Checks: TypeAlias = tuple[tuple[bytes, Callable[[IO[bytes]], None]], ...]
+
+_HEADER_CHECKS: Checks = (
+    (rb"II|MM", _check_tiff),
+    (rb"\x00\x00\x01\x00", _check_ico),
+    (rb"....ftyp", _check_avif),
+)
 _CHECKS: Checks = (
     *_HEADER_CHECKS,
-    (b"\xff\xd8\xff", _check_jpeg),
-    (_PNG, _check_png),
-    ((b"P1", b"P2", b"P3"), _check_plain_ppm),
+    (rb"\xff\xd8\xff", _check_jpeg),
+    (re.escape(_PNG), _check_png),
+    (rb"P[123]", _check_plain_ppm),
 )
