@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -127,25 +127,73 @@ def list_problems(problems: Sequence[str], limit: int = 20, separator: str = "; 
     return separator.join([*problems[:limit], *more])
 
 
+class WriteError(OSError):
+    """A file or directory that cannot be written, named, and why."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What fails inside for want of space, or for another reason of the system's, names ``path``.
+
+    A full disk is an OSError of Python's, a SafetensorError and a RuntimeError of torch's.
+
+    Raises:
+        WriteError: one of them.
+    """
+    try:
+        yield
+    except WriteError:
+        raise
+    except Exception as error:
+        from safetensors import SafetensorError  # no need of those who read, or encode alone
+
+        if not isinstance(error, (OSError, RuntimeError, SafetensorError)):
+            raise
+        reason = " ".join(str(error).split())
+        if isinstance(error, RuntimeError):  # torch does not say why
+            with suppress(OSError):
+                reason += f" ({shutil.disk_usage(path.parent).free >> 20:,} MiB are free there)"
+        raise WriteError(f"{path} cannot be written: {reason}") from error
+
+
+def flush(directory: Path) -> None:
+    """Wait until all files of a directory are on the disk.
+
+    A network file system may have room in memory alone, and say only now that the disk is full.
+    """
+    for path in directory.rglob("*"):
+        if path.is_file():
+            file = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(file)
+            finally:
+                os.close(file)
+
+
 @contextmanager
 def atomic(path: Path, keep: bool = True) -> Iterator[str]:
-    """A temporary name to write to, renamed to ``path`` at the end: whole, or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".monkey-", suffix=path.suffix)
-    os.close(handle)
-    try:
-        yield name
-        if not keep:
+    """A temporary name to write to, renamed to ``path`` at the end: whole, or not there.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".monkey-", suffix=path.suffix)
+        os.close(handle)
+        try:
+            yield name
+            if not keep:
+                os.unlink(name)
+                return
+            # mkstemp's file is private; what the user asked for has the usual permissions.
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(name, 0o666 & ~umask)
+            os.replace(name, path)
+        except BaseException:
             os.unlink(name)
-            return
-        # mkstemp's file is private; what the user asked for has the usual permissions.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+            raise
 
 
 @contextmanager
@@ -156,15 +204,25 @@ def atomic_directory(path: Path, write: bool = True) -> Iterator[Path]:
         path: where it is to be.
         write: False in the processes that take part in writing without owning the directory: they
             get the name, and move nothing.
+
+    Raises:
+        WriteError: it cannot be written. What was at ``path`` stays.
     """
     unfinished, old = (path.with_name(f"{path.name}.{what}") for what in ("unfinished", "old"))
-    if write:
-        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
-        unfinished.mkdir(parents=True)
-    yield unfinished
-    if write:
-        if path.is_dir():
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(path, old)
-        os.replace(unfinished, path)
-        shutil.rmtree(old, ignore_errors=True)
+    with writing(path):
+        if write:
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+            unfinished.mkdir(parents=True)
+        try:
+            yield unfinished
+            if write:
+                flush(unfinished)
+                if path.is_dir():
+                    shutil.rmtree(old, ignore_errors=True)
+                    os.replace(path, old)
+                os.replace(unfinished, path)
+                shutil.rmtree(old, ignore_errors=True)
+        except BaseException:
+            if write:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise

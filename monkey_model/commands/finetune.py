@@ -62,12 +62,15 @@ def finetune(
         # Not before: a wrong key should not wait for transformers.
         from monkey_model.training.finetune import finetune as run
 
-        run(loaded, resume=resume)
+        trained = run(loaded, resume=resume)
     except (OSError, TypeError, ValueError, ImportError) as error:
         report(str(error))
         raise typer.Exit(2) from None
-    written = "model, loss.png" + ", merged" * loaded.merge
-    say(err_console, f"{shown(loaded.output_dir)}: {written}")
+    if trained is None:
+        message = "the run has finished; nothing has changed"
+    else:
+        message = "model, loss.png" + ", merged" * loaded.merge
+    say(err_console, f"{shown(loaded.output_dir)}: {message}")
 
 
 def merge(

@@ -7,10 +7,8 @@ transformers, accelerate and torchrun.
 
 from __future__ import annotations
 
-import logging
-import re
-import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +22,13 @@ from transformers import (
     BitsAndBytesConfig,
     Trainer,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
     set_seed,
 )
 from transformers.integrations import unset_hf_deepspeed_config
-from transformers.trainer_utils import rotate_checkpoints
 
 from monkey_model.checkpoint import load_model
-from monkey_model.files import atomic, atomic_directory, check_directory
+from monkey_model.files import atomic, atomic_directory, check_directory, writing
 from monkey_model.freeze import FreezeReport, freeze
 from monkey_model.processing_monkey import MonkeyProcessor
 from monkey_model.training.config import FinetuneConfig, training_arguments
@@ -44,14 +39,14 @@ from monkey_model.training.conversations import (
 )
 from monkey_model.training.peft_model import MonkeyPeftModel, adapter_weights
 from monkey_model.training.peft_presets import NOT_QUANTISED, lora_config
+from monkey_model.training.run_directory import (
+    CompleteCheckpoints,
+    is_finished,
+    mark_finished,
+    only_run,
+    starting_point,
+)
 from monkey_model.training.unfreeze import ProgressiveUnfreeze
-
-logger = logging.getLogger(__name__)
-
-#: Written into a checkpoint directory when everything else is in it.
-COMPLETE = "complete"
-
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 
 _MODE_FLAGS = {
     "lora": {},
@@ -60,49 +55,23 @@ _MODE_FLAGS = {
 }
 
 
-def checkpoints(output_dir: str | Path) -> dict[int, Path]:
-    """The checkpoint directories of a run by step, rising, whole or not."""
-    directory = Path(output_dir)
-    entries = directory.iterdir() if directory.is_dir() else []
-    found = {int(m[1]): path for path in entries if (m := _CHECKPOINT.fullmatch(path.name))}
-    return dict(sorted(found.items()))
+class RunTrainer(Trainer):
+    """transformers' Trainer, with two repairs."""
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # A run that was stopped after its last step has nothing left to train; transformers' own
+        # trains a step before it looks.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with writing(Path(str(self.args.output_dir), f"checkpoint-{self.state.global_step}")):
+            super()._save_checkpoint(*args, **kwargs)
 
 
-def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
-    """The last checkpoint of a run that was written to its end; None if there is none."""
-    whole = [path for path in checkpoints(output_dir).values() if (path / COMPLETE).is_file()]
-    return whole[-1] if whole else None
-
-
-class CompleteCheckpoints(TrainerCallback):
-    """Marks a checkpoint when all processes have written it, and only then removes old ones.
-
-    The Trainer itself removes old checkpoints when its first process is done, and a run that is
-    killed in the middle of writing leaves a directory that looks like any other.
-
-    Args:
-        limit: checkpoints to keep; None for all.
-    """
-
-    def __init__(self, limit: int | None) -> None:
-        self.limit = limit
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Called by every process after its part of the checkpoint."""
-        PartialState().wait_for_everyone()
-        if args.should_save:
-            output_dir = str(args.output_dir)
-            Path(output_dir, f"checkpoint-{state.global_step}", COMPLETE).touch()
-            rotate_checkpoints(
-                output_dir,
-                save_total_limit=self.limit,
-                best_model_checkpoint=state.best_model_checkpoint,
-            )
-
-
-def finetune(config: FinetuneConfig, *, resume: bool = False) -> FreezeReport:
+def finetune(config: FinetuneConfig, *, resume: bool = False) -> FreezeReport | None:
     """Train as ``config`` says.
 
     ``output_dir`` gets ``checkpoint-STEP/`` while it runs and, at the end, ``model/`` (in mode
@@ -112,20 +81,34 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> FreezeReport:
     Args:
         config: what to do.
         resume: go on from the last complete checkpoint in ``output_dir``; where there is none,
-            start.
+            start. A run that has finished stays as it is.
 
     Returns:
-        What trained.
+        What trained; None if the run had finished before.
 
     Raises:
-        OSError: a file that cannot be read or written.
-        ValueError: a setting, a record or a checkpoint that does not fit; or ``output_dir`` has
-            checkpoints and ``resume`` is False.
+        OSError: a file that cannot be read or written. The checkpoints that were complete are.
+        ValueError: a setting, a record or a checkpoint that does not fit; ``output_dir`` has a run
+            already and ``resume`` is False; or another process is writing to it.
     """
     check_directory("checkpoint", config.checkpoint)
     arguments = training_arguments(config)
+    settings = {key: value for key, value in asdict(config).items() if key != "output_dir"}
+    results = ["model", "loss.png", *["merged"] * config.merge]
+    if resume and is_finished(config.output_dir, settings, results):
+        return None
+    with only_run(config.output_dir):
+        start = starting_point(config.output_dir, resume)
+        report = _train(config, arguments, start)
+        if arguments.should_save:
+            mark_finished(config.output_dir, settings)
+    return report
+
+
+def _train(
+    config: FinetuneConfig, arguments: TrainingArguments, start: Path | None
+) -> FreezeReport:
     arguments.save_total_limit, limit = None, arguments.save_total_limit
-    start = _starting_point(config.output_dir, resume)
     processor = MonkeyProcessor.from_pretrained(config.checkpoint)
     train_data = _dataset(config, config.data, processor.tokenizer)
     eval_data = config.eval_data and _dataset(config, config.eval_data, processor.tokenizer)
@@ -135,7 +118,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> FreezeReport:
     callbacks: list[TrainerCallback] = [CompleteCheckpoints(limit)]
     if config.unfreeze is not None:
         callbacks.append(_progressive_unfreeze(config.unfreeze))
-    trainer = Trainer(
+    trainer = RunTrainer(
         model=model,
         args=arguments,
         train_dataset=train_data,
@@ -275,25 +258,6 @@ def draw_loss_curve(history: Iterable[Mapping[str, Any]], path: str | Path) -> N
         axes.legend()
     with atomic(Path(path)) as file:
         figure.savefig(file, dpi=120)
-
-
-def _starting_point(output_dir: str, resume: bool) -> Path | None:
-    found = checkpoints(output_dir)
-    if found and not resume:
-        names = ", ".join(path.name for path in found.values())
-        raise ValueError(
-            f"output_dir must have no checkpoints, or be resumed (--resume); {output_dir} has "
-            f"{names}"
-        )
-    last = last_complete_checkpoint(output_dir)
-    if resume:
-        logger.warning("resuming from %s", last or "nothing: there is no complete checkpoint")
-    if PartialState().is_main_process:
-        for path in found.values():
-            if not (path / COMPLETE).is_file():
-                shutil.rmtree(path)
-    PartialState().wait_for_everyone()
-    return last
 
 
 def _dataset(config: FinetuneConfig, path: str, tokenizer: Any) -> ConversationDataset:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from monkey_model.training.config import launch_arguments
+from monkey_model.training.run_directory import checkpoints, only_run
 from tests.helpers.checkpoint import write_checkpoint, write_data
 
 pytestmark = pytest.mark.slow
@@ -62,22 +64,25 @@ def train(tmp_path_factory):
             "training": training,
         }
         (folder / f"{name}.json").write_text(json.dumps(config))
+        done = run(name, processes, *flags)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+        state = json.loads((output / "checkpoint-4" / "trainer_state.json").read_text())
+        losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+        return output, losses, load_file(output / "model" / "adapter_model.safetensors")
+
+    def run(name, processes, *flags):
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
                     str(processes)]  # fmt: skip
-        run = [sys.executable, *(torchrun if processes > 1 else []),
+        command = [sys.executable, *(torchrun if processes > 1 else []),
                "-m", "tests.helpers.finetune_without_dropout",
                "finetune", "--config", str(folder / f"{name}.json"), *flags]  # fmt: skip
         # DeepSpeed compiles at its first run on a machine, with the ninja that it has installed.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
                        "DS_ACCELERATOR": "cpu"}  # fmt: skip
-        done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-        state = json.loads((output / "checkpoint-4" / "trainer_state.json").read_text())
-        losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
-        return output, losses, load_file(output / "model" / "adapter_model.safetensors")
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
-    train.checkpoint = checkpoint
+    train.checkpoint, train.run = checkpoint, run
     return train
 
 
@@ -133,6 +138,27 @@ def test_a_resumed_run_is_the_uninterrupted_one(train, launch, together):
     assert resumed_losses == losses
     assert resumed.keys() == adapter.keys()
     assert all(torch.equal(resumed[name], adapter[name]) for name in adapter)
+    # As if killed before it wrote its results: they come from the last checkpoint, with no step.
+    shutil.rmtree(output / "model")
+    last = (output / "checkpoint-4" / "complete").stat().st_mtime_ns
+    _, _, again = train(launch, 2, launch, "--resume")
+    assert (output / "checkpoint-4" / "complete").stat().st_mtime_ns == last
+    assert again.keys() == adapter.keys()
+    assert all(torch.equal(again[name], adapter[name]) for name in adapter)
+
+
+def test_finished_or_locked(train):
+    """Both processes leave a finished run alone, and a directory that another run has."""
+    flags = ("--set", "training.max_steps=4", "--resume")
+    output, *_ = train("finished", 2, "ddp", *flags)
+    files = [path for path in output.rglob("*") if path.is_file()]
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+    train("finished", 2, "ddp", *flags)
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files} == before
+    with only_run(output):
+        done = train.run("finished", 2, "--resume", "--set", "training.max_steps=8")
+    assert done.returncode != 0 and "output_dir must have no other run" in done.stderr
+    assert list(checkpoints(output)) == [2, 4]
 
 
 def test_zero3_in_bfloat16(train, alone):

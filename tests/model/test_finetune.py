@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import math
+import os
+import resource
+from contextlib import contextmanager
 
 import pytest
 import torch
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
+from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import Trainer, TrainerState
 from typer.testing import CliRunner
 
 from monkey_model.commands.__main__ import app
 from monkey_model.configuration_monkey import MonkeyConfig
 from monkey_model.modeling_monkey import MonkeyLMHeadModel
 from monkey_model.parameter_names import upstream_name
+from monkey_model.processing_monkey import MonkeyProcessor
 from monkey_model.training import finetune as module
 from monkey_model.training.config import (
     RECIPE,
@@ -24,14 +32,15 @@ from monkey_model.training.config import (
     load_config,
     training_arguments,
 )
-from monkey_model.training.finetune import (
+from monkey_model.training.finetune import draw_loss_curve, finetune
+from monkey_model.training.peft_model import MonkeyPeftModel
+from monkey_model.training.run_directory import (
     COMPLETE,
+    FINISHED,
+    CompleteCheckpoints,
     checkpoints,
-    draw_loss_curve,
-    finetune,
     last_complete_checkpoint,
 )
-from monkey_model.training.peft_model import MonkeyPeftModel
 from monkey_model.visual import VisionTransformer
 from tests.helpers.checkpoint import write_checkpoint, write_data
 
@@ -166,6 +175,133 @@ def test_a_resumed_run_may_have_nothing_to_resume_from(config, tmp_path):
     assert (half / COMPLETE).is_file() and len(losses(tmp_path / "out")) == 1
 
 
+def snapshot(directory):
+    """Every file's time and bytes, and every directory's time."""
+    return {
+        path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None)
+        for path in [directory, *directory.rglob("*")]
+    }
+
+
+# Three steps are no whole epoch, and without checkpoints there is nothing to resume from.
+@pytest.mark.parametrize("save", [{"save_steps": 2}, {"save_strategy": "no"}])
+def test_a_finished_run_is_left_alone(start, tmp_path, monkeypatch, save):
+    monkeypatch.setenv("COLUMNS", "200")
+    checkpoint, data = start
+    path, out = tmp_path / "run.yaml", tmp_path / "out"
+    training = {**TRAINING, "max_steps": 3, **save}
+    path.write_text(json.dumps({"training": training, "dtype": "float32", "merge": True,
+                                "checkpoint": str(checkpoint), "data": str(data)}))  # fmt: skip
+    arguments = ["finetune", "--config", str(path), "--output-dir", str(out)]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    before = snapshot(out)
+    assert {out / "model", out / "merged", out / "loss.png"} <= before.keys()
+    done = CliRunner().invoke(app, [*arguments, "--resume"])
+    assert done.exit_code == 0, done.output
+    assert f"{out}: the run has finished; nothing has changed" in done.output
+    assert snapshot(out) == before
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2 and "output_dir must have no run, or be resumed" in done.output
+
+
+def test_a_run_killed_after_its_last_step_trains_no_more(config, tmp_path, monkeypatch):
+    training = {"max_steps": 3, "save_steps": 2}
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "draw_loss_curve", killed)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(config(training=training))
+    monkeypatch.undo()
+    adapter = tmp_path / "out" / "model" / "adapter_model.safetensors"
+    trained, before = adapter.read_bytes(), snapshot(tmp_path / "out" / "checkpoint-3")
+    assert finetune(config(training=training), resume=True) is not None
+    assert (tmp_path / "out" / "loss.png").is_file() and adapter.read_bytes() == trained
+    assert list(checkpoints(tmp_path / "out")) == [2, 3]
+    assert snapshot(tmp_path / "out" / "checkpoint-3") == before
+    # More steps are more to do.
+    assert finetune(config(training={**training, "max_steps": 5}), resume=True) is not None
+    assert len(losses(tmp_path / "out")) == 5 and adapter.read_bytes() != trained
+
+
+@contextmanager
+def files_limited_to(size):
+    """The kernel refuses to write more bytes to a file, as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "place"),
+    [
+        (Trainer, "save_model", 2, "checkpoint-2"),
+        (Trainer, "_save_optimizer_and_scheduler", 2, "checkpoint-2"),
+        (Trainer, "_save_rng_state", 2, "checkpoint-2"),
+        (TrainerState, "save_to_json", 2, "checkpoint-2"),
+        (Trainer, "save_model", 3, "model"),
+        (MonkeyProcessor, "save_pretrained", 3, "model"),
+        (Figure, "savefig", 1, "loss.png"),
+        (MonkeyLMHeadModel, "save_pretrained", 1, "merged"),
+        (MonkeyProcessor, "save_pretrained", 4, "merged"),
+        (module, "mark_finished", 1, FINISHED),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_a_full_disk_loses_nothing(start, tmp_path, monkeypatch, owner, name, call, place):
+    monkeypatch.setenv("COLUMNS", "1000")
+    checkpoint, data = start
+    path, out = tmp_path / "run.yaml", tmp_path / "out"
+    training = {**TRAINING, "max_steps": 2, "save_steps": 1}
+    path.write_text(json.dumps({"training": training, "dtype": "float32", "merge": True,
+                                "checkpoint": str(checkpoint), "data": str(data)}))  # fmt: skip
+    arguments = ["finetune", "--config", str(path), "--output-dir", str(out), "--resume"]
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def limited(*args, **kwargs):
+        if next(calls) != call:
+            return original(*args, **kwargs)
+        with files_limited_to(64):
+            return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, limited)
+    done = CliRunner().invoke(app, arguments)
+    monkeypatch.undo()
+    assert done.exit_code == 2 and isinstance(done.exception, SystemExit), done.output
+    (line,) = [line for line in done.output.splitlines() if "rror" in line]
+    assert line.startswith(f"Error: {out / place} cannot be written: ")
+    whole = out / ("checkpoint-1" if place == "checkpoint-2" else "checkpoint-2")
+    assert last_complete_checkpoint(out) == whole and not (out / FINISHED).exists()
+    for result in ("model", "loss.png", "merged"):
+        assert (out / result).exists() == (RESULTS.index(result) < RESULTS.index(place))
+    left = {path.name for path in out.rglob("*")}
+    assert not any(name.startswith(".monkey-") or name.endswith(".unfinished") for name in left)
+    # With room again the run ends as if nothing had happened.
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert len(losses(out)) == 2 and all((out / result).exists() for result in RESULTS[1:])
+
+
+RESULTS = ("checkpoint-2", "model", "loss.png", "merged", FINISHED)
+
+
+def test_a_disk_that_says_late_that_it_is_full(config, tmp_path, monkeypatch):
+    """As a network file system: each write succeeds, and what was written is lost."""
+
+    def fsync(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match=r"checkpoint-1 cannot be written: .*No space left on device"):
+        finetune(config(training={"max_steps": 1}))
+    assert list(checkpoints(tmp_path / "out")) == [1]
+    assert last_complete_checkpoint(tmp_path / "out") is None
+
+
 def test_frozen_and_full(config, start, tmp_path):
     before = weights(start[0])
     training = {"max_steps": 2, "save_strategy": "no"}
@@ -228,14 +364,14 @@ def test_bad_data_is_found_before_anything_trains(config, tmp_path):
 
 def test_an_image_that_breaks_in_mid_run_leaves_the_last_checkpoint(config, tmp_path, monkeypatch):
     data = write_data(tmp_path / "data")
-    on_save = module.CompleteCheckpoints.on_save
+    on_save = CompleteCheckpoints.on_save
 
     def break_pictures(self, *args, **kwargs):
         on_save(self, *args, **kwargs)
         for picture in data.parent.glob("*.png"):
             picture.write_bytes(picture.read_bytes()[:60])
 
-    monkeypatch.setattr(module.CompleteCheckpoints, "on_save", break_pictures)
+    monkeypatch.setattr(CompleteCheckpoints, "on_save", break_pictures)
     training = {"save_steps": 1, "per_device_train_batch_size": 1}
     with pytest.raises(ValueError, match=r"record \d+ \(id 'r\d+'\): .*\.png"):
         finetune(config(data=str(data), training=training))

@@ -1,0 +1,210 @@
+"""The directory of a run: one run at a time, whole checkpoints, and whether the run is finished.
+
+A run may die at any moment: its process is killed, its disk is full. What it leaves must never be
+taken for more than it is. So a checkpoint counts only with its mark, which is written last; a run
+is finished only with its own; and the lock of a run goes with its process.
+
+On several processes the main one (rank 0) looks and decides, and tells the others.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import re
+import shutil
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
+
+from monkey_model.files import atomic, flush, read_json, writing
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+#: Written into a checkpoint directory when everything else is in it.
+COMPLETE = "complete"
+#: Written into the directory of a run when everything else is in it.
+FINISHED = "finished.json"
+#: Locked by the process that writes to the directory.
+LOCK = ".lock"
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+def checkpoints(output_dir: str | Path) -> dict[int, Path]:
+    """The checkpoint directories of a run by step, rising, whole or not."""
+    directory = Path(output_dir)
+    entries = directory.iterdir() if directory.is_dir() else []
+    found = {int(m[1]): path for path in entries if (m := _CHECKPOINT.fullmatch(path.name))}
+    return dict(sorted(found.items()))
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
+    """The last checkpoint of a run that was written to its end; None if there is none."""
+    whole = [path for path in checkpoints(output_dir).values() if (path / COMPLETE).is_file()]
+    return whole[-1] if whole else None
+
+
+class CompleteCheckpoints(TrainerCallback):
+    """Marks a checkpoint when all processes have written it, and only then removes old ones.
+
+    The Trainer itself removes old checkpoints when its first process is done, and a run that is
+    killed in the middle of writing leaves a directory that looks like any other.
+
+    Args:
+        limit: checkpoints to keep; None for all.
+    """
+
+    def __init__(self, limit: int | None) -> None:
+        self.limit = limit
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Called by every process after its part of the checkpoint."""
+        PartialState().wait_for_everyone()
+        if args.should_save:
+            output_dir = str(args.output_dir)
+            checkpoint = Path(output_dir, f"checkpoint-{state.global_step}")
+            with writing(checkpoint):
+                flush(checkpoint)
+                (checkpoint / COMPLETE).touch()
+            rotate_checkpoints(
+                output_dir,
+                save_total_limit=self.limit,
+                best_model_checkpoint=state.best_model_checkpoint,
+            )
+
+
+@contextmanager
+def only_run(output_dir: str | Path) -> Iterator[None]:
+    """Hold the lock of a run's directory, which is made if it is not there.
+
+    The main process holds it, so that a run may have any number of processes and nodes. It ends
+    with that process, however it ends. Where the file system has no locks, a warning says so.
+
+    Raises:
+        OSError: the directory cannot be made or written to.
+        ValueError: another process holds the lock.
+    """
+    held: list[int] = []
+    from_main_process(lambda: held.append(_lock(Path(output_dir))))
+    try:
+        yield
+    finally:
+        for file in held:
+            os.close(file)
+
+
+def _lock(directory: Path) -> int:
+    directory.mkdir(parents=True, exist_ok=True)
+    file = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        # Not flock: the workers of a data loader would inherit it, and outlive a killed run.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            logger.warning(
+                "%s is on a file system without locks (%s): make sure that no other run writes "
+                "there",
+                directory,
+                error.strerror,
+            )
+            return file
+        holder = os.read(file, 200).decode(errors="replace").strip() or "another process"
+        os.close(file)
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise ValueError(
+                f"output_dir must have no other run; {holder} is writing to {directory}"
+            ) from None
+        raise
+    os.truncate(file, 0)
+    os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    return file
+
+
+def starting_point(output_dir: str | Path, resume: bool) -> Path | None:
+    """The checkpoint to start from, None for none, once what is not whole has been removed.
+
+    Raises:
+        OSError: what is not whole cannot be removed.
+        ValueError: there is a run already, and ``resume`` is False.
+    """
+    return from_main_process(lambda: _starting_point(Path(output_dir), resume))
+
+
+def _starting_point(directory: Path, resume: bool) -> Path | None:
+    found = checkpoints(directory)
+    names = [path.name for path in found.values()]
+    names += [FINISHED] if (directory / FINISHED).exists() else []
+    if names and not resume:
+        raise ValueError(
+            f"output_dir must have no run, or be resumed (--resume); {directory} has "
+            f"{', '.join(names)}"
+        )
+    (directory / FINISHED).unlink(missing_ok=True)
+    for path in found.values():
+        if not (path / COMPLETE).is_file():
+            shutil.rmtree(path)
+    last = last_complete_checkpoint(directory)
+    if resume:
+        logger.warning("resuming from %s", last or "nothing: there is no complete checkpoint")
+    return last
+
+
+def mark_finished(output_dir: str | Path, settings: Mapping[str, Any]) -> None:
+    """Say that the run of ``settings`` (see :func:`is_finished`) has written everything."""
+    with atomic(Path(output_dir, FINISHED)) as name, open(name, "w", encoding="utf-8") as file:
+        json.dump({"settings": settings}, file, indent=2, default=str)
+
+
+def is_finished(output_dir: str | Path, settings: Mapping[str, Any], results: list[str]) -> bool:
+    """Whether a run of the same ``settings`` has finished, and its ``results`` are still there.
+
+    Args:
+        settings: what was asked for: with more steps, say, the run is not finished.
+        results: names of files and directories in ``output_dir``.
+
+    Raises:
+        OSError, ValueError: the mark cannot be read.
+    """
+
+    def look() -> bool:
+        mark = Path(output_dir, FINISHED)
+        if not mark.exists() or not all(Path(output_dir, name).exists() for name in results):
+            return False
+        # As JSON has them: it makes strings of keys that are numbers.
+        wanted = json.loads(json.dumps(settings, default=str))
+        return read_json(mark).get("settings") == wanted
+
+    return from_main_process(look)
+
+
+def from_main_process(do: Callable[[], T]) -> T:
+    """What ``do`` returns in the main process, or an error that all processes raise.
+
+    Or the others would wait for the main one until they are killed.
+    """
+    outcome: list[Any] = [None]
+    if PartialState().is_main_process:
+        try:
+            outcome = [do()]
+        except (OSError, ValueError) as error:
+            outcome = [error]
+    broadcast_object_list(outcome)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]

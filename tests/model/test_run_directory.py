@@ -1,0 +1,96 @@
+"""The lock of a run's directory, and its marks."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+
+import pytest
+
+from monkey_model.training.config import FinetuneConfig
+from monkey_model.training.finetune import finetune
+from monkey_model.training.run_directory import (
+    FINISHED,
+    LOCK,
+    is_finished,
+    mark_finished,
+    only_run,
+    starting_point,
+)
+
+
+@pytest.fixture
+def other_run(tmp_path):
+    """Another process that holds the lock; it has a child, as a run has workers. Its id."""
+    ready, say_ready = os.pipe()
+    until_closed, close = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(close)
+        with only_run(tmp_path):
+            os.fork()
+            os.write(say_ready, b".")
+            os.read(until_closed, 1)
+        os._exit(0)
+    for _ in range(2):
+        assert os.read(ready, 1) == b"."
+    yield pid
+    os.close(close)  # the child ends
+
+
+def test_one_run_at_a_time_and_a_killed_one_leaves_no_lock(other_run, tmp_path):
+    with pytest.raises(ValueError, match=rf"no other run; process {other_run} on \S+ is writing"):
+        only_run(tmp_path).__enter__()
+    os.kill(other_run, signal.SIGKILL)
+    os.waitpid(other_run, 0)
+    with only_run(tmp_path):
+        assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_a_second_run_is_refused_at_its_start(other_run, tmp_path):
+    (tmp_path / "checkpoint-1").mkdir()  # not whole: the other run is writing it
+    paths = {name: str(tmp_path) for name in ("checkpoint", "data", "output_dir")}
+    config = FinetuneConfig(**paths, dtype="float32", training={"use_cpu": True})
+    for resume in (True, False):
+        with pytest.raises(ValueError, match=f"no other run; process {other_run} on"):
+            finetune(config, resume=resume)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", LOCK}
+
+
+def test_the_lock_goes_with_the_run(tmp_path):
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt), only_run(tmp_path / "new"):
+            raise KeyboardInterrupt
+    pid = os.fork()
+    if pid == 0:
+        with only_run(tmp_path / "new"):
+            os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
+    def lockf(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    with only_run(tmp_path):
+        pass
+    (message,) = caplog.messages
+    assert f"{tmp_path} is on a file system without locks (No locks available)" in message
+
+
+def test_finished_is_the_same_run_with_its_results(tmp_path):
+    settings = {"training": {"max_steps": 3}, "unfreeze": {"schedule": {2: 1}}, "merge": False}
+    (tmp_path / "model").mkdir()
+    assert not is_finished(tmp_path, settings, ["model"])
+    mark_finished(tmp_path, settings)
+    assert is_finished(tmp_path, settings, ["model"])
+    assert not is_finished(tmp_path, {**settings, "training": {"max_steps": 4}}, ["model"])
+    assert not is_finished(tmp_path, settings, ["model", "merged"])
+    with pytest.raises(ValueError, match=rf"must have no run, .*\(--resume\); .* has {FINISHED}$"):
+        starting_point(tmp_path, False)
+    (tmp_path / FINISHED).write_text("{")
+    with pytest.raises(ValueError, match=f"{FINISHED} must be JSON"):
+        is_finished(tmp_path, settings, ["model"])
