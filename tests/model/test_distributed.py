@@ -74,8 +74,8 @@ def train(tmp_path_factory):
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
                     str(processes)]  # fmt: skip
         command = [sys.executable, *(torchrun if processes > 1 else []),
-               "-m", "tests.helpers.finetune_without_dropout",
-               "finetune", "--config", str(folder / f"{name}.json"), *flags]  # fmt: skip
+                   "-m", "tests.helpers.finetune_without_dropout",
+                   "finetune", "--config", str(folder / f"{name}.json"), *flags]  # fmt: skip
         # DeepSpeed compiles at its first run on a machine, with the ninja that it has installed.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
