@@ -15,7 +15,7 @@ from torch import Tensor
 
 from monkey_kernels.checks import check_positive_int
 from monkey_model.checkpoint import load_model
-from monkey_model.files import check_directory, json_lines, read_json, read_text
+from monkey_model.files import check_directory, json_lines, list_problems, read_json, read_text
 from monkey_model.inputs.fetch import SCHEME
 from monkey_model.inputs.prompts import GROUNDING, check_no_surrogates
 from monkey_model.processing_monkey import MonkeyProcessor
@@ -193,24 +193,28 @@ def read_questions(
 
 
 def _question(record: Any, number: int, root: Path) -> Question:
+    if isinstance(record, ValueError):
+        raise ValueError(f"must be a JSON object: {record}")
     if not isinstance(record, dict):
-        got = str(record) if isinstance(record, ValueError) else type(record).__name__
-        raise ValueError(f"must be a JSON object; got {got}")
+        raise ValueError(f"must be a JSON object; got {type(record).__name__}")
     if ("image" in record) == ("images" in record):
         raise ValueError(f"must have either 'image' or 'images'; got keys {sorted(record)}")
     images = record["images"] if "images" in record else [record["image"]]
     if not isinstance(images, list) or not all(i and isinstance(i, str) for i in images):
-        raise ValueError(f"'image' must be a path, 'images' a list of paths; got {images!r}")
+        raise ValueError(
+            f"'image' must be a path, 'images' a list of paths; got {reprlib.repr(images)}"
+        )
     for image in images:
         if SCHEME.match(image):
             raise ValueError(f"'image' must be a file, as nothing is fetched; got {image!r}")
     text = record.get("question")
     if not isinstance(text, str):
-        raise ValueError(f"'question' must be a string; got {text!r}")
+        raise ValueError(f"'question' must be a string; got {reprlib.repr(text)}")
     check_no_surrogates("'question'", text)
     name = record.get("id", number)
     if type(name) not in (str, int):
-        raise ValueError(f"'id' must be a string or an integer; got {name!r}")
+        raise ValueError(f"'id' must be a string or an integer; got {reprlib.repr(name)}")
+    check_no_surrogates("'id'", str(name))
     return Question(text, tuple(str(root / image) for image in images), name)
 
 
@@ -225,41 +229,80 @@ def unanswered(questions: Sequence[Question], path: str | Path) -> list[Question
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: a line is no answer, or answers another question than that of its id. The file
-            is then left as it is.
+        TypeError: a question with a picture that is no path.
+        ValueError: a line is no answer, or answers another question than that of its id: another
+            text, or other pictures. The file is then left as it is.
     """
     path = Path(path)
+    asked = {question.id: _recorded(question) for question in questions}
     if not path.exists():
         return list(questions)
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     torn = content[len(whole) :]
-    answers: dict[str | int, str] = {}
+    answered = {}
     for number, record in json_lines(whole):
-        try:
-            _ = record["answer"]
-            answers[record["id"]] = record["question"]
-        except (TypeError, KeyError):
-            got = str(record) if isinstance(record, ValueError) else reprlib.repr(record)
+        if not _is_answer(record):
+            got = (
+                f": {record}" if isinstance(record, ValueError) else f"; got {reprlib.repr(record)}"
+            )
             raise ValueError(
-                f"{path}, line {number} must be an answer, with 'id', 'question' and 'answer'; got "
-                f"{got}"
-            ) from None
+                f"{path}, line {number} must be an answer, with 'id', 'images', 'question' and "
+                f"'answer'{got}"
+            )
+        answered[record["id"]] = record
     begin = b'{"id": '
     if not torn.startswith(begin[: len(torn)]):
         raise ValueError(
             f"{path} must end with an answer, or a part of one; got "
             f"{torn[:60].decode(errors='replace')!r}"
         )
-    for question in questions:
-        if answers.get(question.id, question.text) != question.text:
-            raise ValueError(
-                f"{path} answers another question by the id {question.id!r}: "
-                f"{answers[question.id]!r}, not {question.text!r}"
-            )
+    problems = [
+        f"by the id {name!r} it has {key} {answered[name][key]!r}, not {record[key]!r}"
+        for name, record in asked.items()
+        if name in answered
+        for key in ("question", "images")
+        if not _same(key, answered[name][key], record[key])
+    ]
+    if problems:
+        raise ValueError(
+            f"{path} answers other questions: {list_problems(problems, 5)}. Write to another file, "
+            "or give each question an 'id' that stays with it: without one it is the number of its "
+            "line"
+        )
     if torn:
         os.truncate(path, len(whole))
-    return [question for question in questions if question.id not in answers]
+    return [question for question in questions if question.id not in answered]
+
+
+def _recorded(question: Question) -> dict[str, Any]:
+    """What an answer file says of a question."""
+    try:
+        images = [os.fsdecode(image) for image in question.images]
+    except TypeError:
+        raise TypeError(
+            f"questions must name their pictures by path, to be recorded; that of the id "
+            f"{question.id!r} has others"
+        ) from None
+    return {"id": question.id, "images": images, "question": question.text}
+
+
+def _is_answer(record: Any) -> bool:
+    return (
+        isinstance(record, dict)
+        and type(record.get("id")) in (str, int)
+        and isinstance(record.get("images"), list)
+        and all(isinstance(image, str) for image in record["images"])
+        and isinstance(record.get("question"), str)
+        and isinstance(record.get("answer"), str)
+    )
+
+
+def _same(key: str, old: Any, new: Any) -> bool:
+    """Whether two questions, or the paths of two lists of images, are the same."""
+    if key == "images" and len(old) == len(new):
+        old, new = ([os.path.realpath(image) for image in images] for images in (old, new))
+    return old == new
 
 
 def answer_file(
@@ -286,6 +329,7 @@ def answer_file(
 
     Raises:
         OSError: ``out`` cannot be written.
+        TypeError: a question with a picture that is no path.
         ValueError: it holds something else than answers, or answers to other questions.
     """
     check_positive_int("batch_size", batch_size)
@@ -307,12 +351,9 @@ def answer_file(
             if readable:
                 asked, images = zip(*readable, strict=True)
                 for question, answer in zip(asked, answerer.answer(asked, images), strict=True):
-                    record = {
-                        "id": question.id,
-                        "images": question.images,
-                        "question": question.text,
-                        "answer": answer,
-                    }
-                    file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+                    record = {**_recorded(question), "answer": answer}
+                    line = json.dumps(record, ensure_ascii=False) + "\n"
+                    # A path that is no UTF-8 has half surrogates, and JSON the same escapes.
+                    file.write(line.encode(errors="backslashreplace"))
             on_done(len(batch))
     return failed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -249,7 +250,9 @@ def test_resuming_skips_answers_and_mends_a_torn_line(answerer, pictures):
     questions, _ = read_questions(write_lines(pictures / "in.jsonl", *records))
     out, counts = pictures / "out.jsonl", []
     # An answer of an earlier run, and one that was cut off in writing.
-    write_lines(out, {"id": 2, "question": "Q2?", "answer": "kept"}, '{"id": 0, "images": ["r')
+    red = [str(pictures / "red.png")]
+    kept = {"id": 2, "images": red, "question": "Q2?", "answer": "kept"}
+    write_lines(out, kept, '{"id": 0, "images": ["r')
     assert answer_file(answerer, questions, out, on_done=counts.append) == 0
     found = answers(out)
     assert found.keys() == {0, 1, 2, 3} and found[2] == "kept" and found[0] != "to"
@@ -263,19 +266,59 @@ def test_resuming_skips_answers_and_mends_a_torn_line(answerer, pictures):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("[1]\n", r"line 1 must be an answer, with 'id', 'question' and 'answer'; got \[1\]"),
+        ("[1]\n", r"line 1 must be an answer, with 'id', 'images', .* and 'answer'; got \[1\]"),
+        ("\n" + "[" * 10**5 + "\n", "line 2 must be an answer, .*nested too deeply"),
+        ("9" * 5000 + "\n", "line 1 must be an answer, .*an integer has 5000 digits"),
+        (b'{"id": "\xff"}\n', "line 1 must be an answer, .*can't decode byte 0xff"),
+        ('{"id": true, "images": [], "question": "New?", "answer": "x"}\n', "line 1 must be an"),
         ('{"id": 1, "image": "a.png", "question": "?"}\n', "line 1 must be an answer, with"),
         ("precious notes", "must end with an answer, or a part of one; got 'precious notes'"),
-        ('{"id": 0, "question": "Old?", "answer": "x"}\n{"id": 1, "ima',
-         r"answers another question by the id 0: 'Old\?', not 'New\?'"),
+        ('{"id": 0, "images": [], "question": "Old?", "answer": "x"}\n{"id": 1, "ima',
+         r"other questions: by the id 0 it has question 'Old\?', not 'New\?'. Write to another"),
+        ('{"id": 0, "images": ["a"], "question": "New?", "answer": "x"}\n',
+         r"other questions: by the id 0 it has images \['a'\], not \[\]. .* an 'id' that stays"),
     ],
+    ids=lambda text: str(text)[:20],
 )  # fmt: skip
 def test_a_file_of_something_else_stays_as_it_is(tmp_path, text, message):
     path = tmp_path / "out.jsonl"
-    path.write_text(text)
+    content = text if isinstance(text, bytes) else text.encode()
+    path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
         unanswered([Question("New?", (), 0)], path)
-    assert path.read_text() == text
+    assert path.read_bytes() == content
+
+
+def test_a_line_on_top_loses_no_question(answerer, pictures):
+    """Ids are then those of other lines, whose texts may be the same."""
+    lines = [{"image": f"{colour}.png", "question": "Colour?"} for colour in ("red", "green")]
+    batch, out = pictures / "in.jsonl", pictures / "out.jsonl"
+    questions, _ = read_questions(write_lines(batch, *lines))
+    answer_file(answerer, questions, out)
+    before = out.read_bytes()
+    moved, _ = read_questions(write_lines(batch, {**lines[0], "image": "blue.png"}, *lines))
+    with pytest.raises(ValueError) as error:
+        answer_file(answerer, moved, out)
+    red, blue = (str(pictures / f"{colour}.png") for colour in ("red", "blue"))
+    assert f"by the id 1 it has images ['{red}'], not ['{blue}']; by the id 2" in str(error.value)
+    assert out.read_bytes() == before
+    # The same file by another name is the same picture.
+    again = [Question(q.text, (q.images[0].replace("/", "//"),), q.id) for q in questions]
+    assert unanswered(again, out) == []
+
+
+def test_paths_of_any_bytes_are_recorded(answerer, pictures):
+    name = os.fsdecode(b"caf\xe9.png")
+    (pictures / "red.png").rename(pictures / name)
+    questions, problems = read_questions(
+        write_lines(pictures / "in.jsonl", {"image": name, "question": "?"})
+    )
+    out = pictures / "out.jsonl"
+    assert not problems and answer_file(answerer, questions, out) == 0
+    assert json.loads(out.read_text(encoding="utf-8"))["images"] == [str(pictures / name)]
+    assert unanswered(questions, out) == []
+    with pytest.raises(TypeError, match="by path, to be recorded; that of the id 'x' has others"):
+        answer_file(answerer, [Question("?", (Image.new("RGB", (9, 9)),), "x")], out)
 
 
 def test_each_answer_is_kept_before_the_next_batch(answerer, pictures, monkeypatch):
@@ -311,13 +354,17 @@ def test_bad_records_are_reported_and_the_others_answered(checkpoint, pictures, 
         {"image": "", "question": "?"},
         {"image": "https://somewhere/a.png", "question": "?"},
         {"image": "red.png", "question": "\ud800"},
+        {"image": "red.png", "question": "?", "id": "\ud800"},
+        "[" * 10**5 + "\n",
+        '{"id": ' + "9" * 5000 + "}\n",
+        {"image": "red.png", "question": [[]] * 100},
     )
     out = pictures / "out.jsonl"
     done = run("--batch", batch, "--out", out, "--checkpoint", checkpoint, "--batch-size", "3",
                "--max-new-tokens", "4", "--device", "cpu", code=1)  # fmt: skip
     assert answers(out).keys() == {"good", "last"}
     for message in (
-        "line 2: must be a JSON object; got Expecting",
+        "line 2: must be a JSON object: Expecting",
         "line 3: must be a JSON object; got list",
         "line 4: must have either 'image' or 'images'; got keys ['question']",
         "line 5: must have either 'image' or 'images'; got keys ['image', 'images', 'question']",
@@ -330,7 +377,11 @@ def test_bad_records_are_reported_and_the_others_answered(checkpoint, pictures, 
         "line 13: 'image' must be a path, 'images' a list of paths; got ['']",
         "line 14: 'image' must be a file, as nothing is fetched; got 'https://somewhere/a.png'",
         "line 15: 'question' must be text; got half of a surrogate pair",
-        "13 of 15 questions were not answered",
+        "line 16: 'id' must be text; got half of a surrogate pair",
+        "line 17: must be a JSON object: lists and objects are nested too deeply",
+        "line 18: must be a JSON object: an integer has 5000 digits",
+        "line 19: 'question' must be a string; got [[], [], [], [], [], [], ...]",
+        "17 of 19 questions were not answered",
     ):
         assert message in done.output
 
