@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import tempfile
 from collections import Counter
@@ -68,11 +69,38 @@ def parse_json(text: str | bytes) -> Any:
         ValueError: no UTF-8, no JSON, a key that an object has twice, an integer of more digits
             than Python reads, or lists and objects nested deeper than it can follow.
     """
+    text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+    with _nesting_named():
+        return _DECODER.decode(text)
+
+
+def parse_json_array(text: str) -> list[Any]:
+    """The array that ``text``, which begins with its bracket, holds.
+
+    Raises:
+        ValueError: the errors of :func:`parse_json`, with the place.
+    """
     try:
-        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
-        return json.loads(text, object_pairs_hook=_object, parse_int=_integer)
-    except RecursionError:
-        raise ValueError("lists and objects are nested too deeply") from None
+        return parse_json(text)
+    except json.JSONDecodeError:  # says the place itself
+        raise
+    except ValueError as error:
+        number, line = _bad_element(text)
+        raise ValueError(f"element {number} (line {line}): {error}") from None
+
+
+def _bad_element(text: str) -> tuple[int, int]:
+    """Number and line of the element that :func:`parse_json` refuses; all before it are good."""
+    start, number = text.index("[") + 1, 0
+    while True:
+        start += len(_SPACE.match(text, start)[0])  # type: ignore[index] # matches nothing, too
+        try:
+            with _nesting_named():
+                _, end = _DECODER.raw_decode(text, start)
+            comma = text.index(",", end)
+        except ValueError:
+            return number, text.count("\n", 0, start) + 1
+        start, number = comma + 1, number + 1
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -88,6 +116,18 @@ def _integer(digits: str) -> int:
         return int(digits)
     except ValueError:  # Python's limit, which keeps an attacker from a conversion of hours
         raise ValueError(f"an integer has {len(digits)} digits, too many to be read") from None
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+@contextmanager
+def _nesting_named() -> Iterator[None]:
+    try:
+        yield
+    except RecursionError:
+        raise ValueError("lists and objects are nested too deeply") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -72,7 +72,16 @@ _OWN = {
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 with the floats of 1.2: there, 1e-5 is a number."""
+    """YAML 1.1 with the floats of 1.2, where 1e-5 is a number; no key comes twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                problem = f"the key {key.value!r} comes twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -166,7 +175,9 @@ def check_keys(section: str, given: Iterable[str], known: Collection[str]) -> No
 def _parse(text: str, expected: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except RecursionError:
+        raise ValueError(f"{expected}: lists and sections are nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:  # the latter: no such day, an endless integer
         reason = " ".join(str(error).split())  # of several lines
         raise ValueError(f"{expected}: {reason}") from None
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from monkey_kernels.checks import check_positive_int
-from monkey_model.files import json_lines, list_problems, parse_json, read_text
+from monkey_model.files import json_lines, list_problems, parse_json, parse_json_array, read_text
 from monkey_model.inputs.fetch import SCHEME, redact
 from monkey_model.inputs.picture_files import open_file, open_picture
 from monkey_model.inputs.prompts import check_no_surrogates
@@ -82,7 +82,7 @@ def read_conversations(
         OSError: the file cannot be read.
         RecordErrors: records that are no conversations, or whose images cannot be read; each with
             its line (JSONL) or index (JSON), its id and key, what was expected and what came.
-        ValueError: no JSON, or no record at all.
+        ValueError: no JSON, another form of it, or no record at all.
     """
     path = Path(path)
     root = path.parent if image_root is None else Path(image_root)
@@ -116,12 +116,27 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
     text = read_text(path)
     if text.lstrip().startswith("["):
         try:
-            records = parse_json(text)
+            records = parse_json_array(text)
         except ValueError as error:
             raise ValueError(f"{path} must be a JSON array: {error}") from None
         yield from ((f"record {index}", record) for index, record in enumerate(records))
         return
+    _check_not_wrapped(path, text)
     yield from ((f"line {number}", record) for number, record in json_lines(text))
+
+
+def _check_not_wrapped(path: Path, text: str) -> None:
+    """Raise a ValueError for one object around all records: each of its lines would be an error."""
+    try:
+        content = parse_json(text)  # of JSONL it reads no more than the first line
+    except ValueError:
+        return
+    lines = text.strip().count("\n") + 1
+    if isinstance(content, dict) and (lines > 1 or "conversations" not in content):
+        raise ValueError(
+            f"{path} must be a JSON array of records, or have a record in each line; got one "
+            f"object with keys {list_problems(list(content), 5, ', ') or 'none'}"
+        )
 
 
 def _conversation(where: str, record: Any, root: Path) -> Conversation:

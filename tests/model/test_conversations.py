@@ -131,6 +131,18 @@ def test_files_that_are_no_conversations(folder):
     path = folder / "data.json"
     for content, message in (
         (b"[{]", "must be a JSON array: Expecting"),
+        (b'{"data": []}', "must be a JSON array of records, or .*; got one object with keys data$"),
+        (b'{"id": 1,\n"conversations": []}', "; got one object with keys id, conversations$"),
+        (b"{}", "; got one object with keys none$"),
+        (
+            b'[{},\n\n {"a": [{"b": 1, "b": 2}]}]',
+            r"element 1 \(line 3\): an object has the key 'b' t",
+        ),
+        (b"[[1, 2]\n,\n%s]" % (b"9" * 5000), r"element 1 \(line 3\): an integer has 5000 digits"),
+        (
+            b"[1, " + b"[" * 100_000,
+            r"element 1 \(line 1\): lists and objects are nested too deeply",
+        ),
         (b"[]", "must hold at least one conversation; got none"),
         (b" \n", "must hold at least one conversation; got none"),
         (b'{"id": "\xff"}', "must be UTF-8"),
@@ -140,6 +152,18 @@ def test_files_that_are_no_conversations(folder):
             read_conversations(path)
     with pytest.raises(FileNotFoundError):
         read_conversations(folder / "none.json")
+
+
+def test_json_that_python_reads_its_own_way_is_a_bad_record(write):
+    bad = ('{"id": "a", "id": "b"}', "[" * 100_000, f'{{"id": {"9" * 5000}}}')
+    path = write(record("good", "one"), *bad, name="d.jsonl")
+    with pytest.raises(RecordErrors, match="3 of 4 records are bad") as caught:
+        read_conversations(path)
+    for number, (problem, reason) in enumerate(
+        zip(caught.value.problems, ("the key 'id' twice", "nested too", "5000 digits"), strict=True)
+    ):
+        assert problem.startswith(f"line {number + 2} must be a JSON object: ")
+        assert reason in problem and len(problem) < 200
 
 
 def test_images_are_opened_only_when_asked(write):

@@ -9,6 +9,7 @@ import math
 import os
 import resource
 from contextlib import contextmanager
+from dataclasses import fields
 
 import pytest
 import torch
@@ -445,11 +446,23 @@ def test_bad_settings(config, settings, message, tmp_path):
         finetune(load_config(None, [*settings, "training.use_cpu=true"], flags))
 
 
+def test_every_setting_is_documented():
+    for field in fields(FinetuneConfig):
+        assert f"\n        {field.name}: " in FinetuneConfig.__doc__
+
+
 def test_bad_config_files(tmp_path):
     path = tmp_path / "run.yaml"
     for content, message in (
         ("a: [\nb", r"run.yaml must be YAML or JSON: [^\n]*$"),
         ("- a", "must hold keys and values; got list"),
+        (
+            "mode: lora\ntraining:\n  seed: 1\n  seed: 2",
+            r"'seed' comes twice .* line 4, column 3",
+        ),
+        ("[" * 5000, "run.yaml must be YAML or JSON: lists and sections are nested too deeply$"),
+        ("data: " + "9" * 5000, "run.yaml must be YAML or JSON: Exceeds the limit"),
+        ("[a]: 1", "run.yaml must be YAML or JSON: [^\n]*unhashable"),
         ("data: d", "the config must have 'checkpoint'; got data"),
     ):
         path.write_text(content)
