@@ -96,7 +96,8 @@ class FinetuneConfig:
     Args:
         checkpoint: directory of the model to start from.
         data: file of conversations; see ``conversations.read_conversations``.
-        output_dir: gets ``checkpoint-STEP/``, ``model/``, ``merged/`` and ``loss.png``.
+        output_dir: gets ``checkpoint-STEP/``, ``model/``, ``merged/`` and ``loss.png``. One run at
+            a time holds its ``.lock``; ``finished.json`` marks its end.
         mode: ``"lora"`` trains LoRA in the LLM, the per-crop adapters of the ViT and the
             resampler; ``"frozen"`` the same without LoRA in the LLM; ``"full"`` everything.
         freeze: flags of :func:`monkey_model.freeze.freeze` that outrank those of the mode.

@@ -1,8 +1,8 @@
 """Fine-tune a Monkey model with transformers' Trainer, on one process or many.
 
-What is this project's own here: which parameters train, in which dtype, what a batch is, and that
-a checkpoint counts only when it is whole. Optimisation, sharding and launching are those of
-transformers, accelerate and torchrun.
+This module decides what trains and in which dtype, and writes the results. Its neighbours read the
+config (``config``), make the batches (``conversations``) and look after the directory of the run
+(``run_directory``). transformers, accelerate and torchrun optimise, shard and launch.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ from monkey_model.training.run_directory import (
 )
 from monkey_model.training.unfreeze import ProgressiveUnfreeze
 
+#: The flags of ``freeze`` that each mode changes.
 _MODE_FLAGS = {
     "lora": {},
     "frozen": {"train_llm_lora": False},
@@ -56,11 +57,11 @@ _MODE_FLAGS = {
 
 
 class RunTrainer(Trainer):
-    """transformers' Trainer, with two repairs."""
+    """transformers' Trainer. It takes no step after the last, and names what it cannot write."""
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # A run that was stopped after its last step has nothing left to train; transformers' own
-        # trains a step before it looks.
+        # transformers' own trains a step before it counts them. A run that was stopped between its
+        # last step and its results has no step left.
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
         else:
@@ -87,7 +88,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> FreezeReport | 
         What trained; None if the run had finished before.
 
     Raises:
-        OSError: a file that cannot be read or written. The checkpoints that were complete are.
+        OSError: a file that cannot be read or written. Checkpoints that were complete stay so.
         ValueError: a setting, a record or a checkpoint that does not fit; ``output_dir`` has a run
             already and ``resume`` is False; or another process is writing to it.
     """
@@ -143,7 +144,7 @@ def _train(
     if arguments.should_save:
         draw_loss_curve(trainer.state.log_history, output / "loss.png")
         if config.merge:
-            unset_hf_deepspeed_config()  # or ZeRO-3 would shard what this process loads alone
+            unset_hf_deepspeed_config()  # This process loads the model alone: nothing to shard.
             merge(
                 config.checkpoint,
                 output / "model",
@@ -156,12 +157,15 @@ def _train(
 def build_model(
     config: FinetuneConfig, arguments: TrainingArguments
 ) -> tuple[nn.Module, FreezeReport]:
-    """The model of ``config``, frozen, in peft's wrapper where LoRA trains, and what trains."""
+    """The model that ``config`` asks for, frozen by its mode, and a report of what trains.
+
+    In mode ``"lora"`` the model is a :class:`MonkeyPeftModel`.
+    """
     if arguments.deepspeed:
         import deepspeed
 
-        # ZeRO-3 shards weights as they load. On CPUs transformers has not told DeepSpeed yet of the
-        # processes among which.
+        # ZeRO-3 shards the weights while they load, so DeepSpeed has to know the processes before.
+        # On a GPU transformers has told it; on a CPU it has not.
         deepspeed.init_distributed()
     dtype = getattr(torch, config.dtype)
     settings: dict[str, Any] = {"dtype": dtype, "allow_pickle": config.allow_pickle}
@@ -176,29 +180,32 @@ def build_model(
         settings["device_map"] = {"": arguments.device}
     model: nn.Module = load_model(config.checkpoint, without_adapters=True, **settings)
     if config.mode == "lora":
-        set_seed(arguments.seed)  # not before: loading draws numbers too, under ZeRO-3 others
+        # The loading above draws random numbers, and ZeRO-3's loading draws others. Seeded after
+        # it, LoRA starts with the same weights however the model is sharded.
+        set_seed(arguments.seed)
         try:
             lora = lora_config(model, **config.lora)
-            # One dtype for all that trains, as ZeRO-3 demands: peft would make LoRA alone float32.
+            # ZeRO-3 needs one dtype for everything that trains. peft's autocast would turn LoRA,
+            # and nothing else, to float32.
             model = MonkeyPeftModel(model, lora, autocast_adapter_dtype=False)
-        except TypeError as error:  # peft's own names the key
+        except TypeError as error:  # peft's message names the key.
             raise ValueError(f"lora is refused: {error}") from None
     try:
         report = freeze(model, **{**_MODE_FLAGS[config.mode], **config.freeze})
     except TypeError as error:
         raise ValueError(f"freeze is refused: {error}") from None
-    if arguments.deepspeed:  # it keeps a float32 copy of its own
+    if arguments.deepspeed:  # DeepSpeed itself keeps what trains in float32.
         _check_sharding(model, arguments.hf_deepspeed_config)
     else:
         for parameter in model.parameters():
-            # A step of 1e-5 is lost in the rounding of a 16-bit weight.
+            # A 16-bit weight would round a step of 1e-5 away.
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     return model, report
 
 
 def _check_sharding(model: nn.Module, settings: HfDeepSpeedConfig) -> None:
-    # Saving would fail, after as many steps as there are between two checkpoints.
+    # Without this the first save would fail, after a thousand steps by default.
     if not (isinstance(model, MonkeyPeftModel) and settings.is_zero3()):
         return
     key = "stage3_param_persistence_threshold"
@@ -220,7 +227,7 @@ def merge(
     *,
     allow_pickle: bool = False,
 ) -> None:
-    """Write a whole checkpoint in upstream's layout: adapter merged, trained parts in place.
+    """Merge an adapter, and what trained beside it, into a checkpoint of upstream's layout.
 
     Args:
         checkpoint: directory that the adapter was trained on.
@@ -261,7 +268,7 @@ def draw_loss_curve(history: Iterable[Mapping[str, Any]], path: str | Path) -> N
 
 
 def _dataset(config: FinetuneConfig, path: str, tokenizer: Any) -> ConversationDataset:
-    # One process looks at every image and length; if it fails, the launcher ends the others.
+    # The main process checks every image and length. If it fails, the launcher ends the others.
     check = PartialState().is_main_process
     conversations = read_conversations(path, image_root=config.image_root, check_images=check)
     dataset = ConversationDataset(

@@ -1,4 +1,4 @@
-"""LoRA through peft: which layers, and what is saved beside the adapters.
+"""LoRA through peft: the layers that it wraps, and the modules that are saved beside it.
 
     model = MonkeyPeftModel(model, lora_config(model))
     report = freeze(model)
@@ -7,9 +7,9 @@
     model = MonkeyPeftModel.from_pretrained(base, "adapter")
     model.merge_and_unload().save_pretrained("merged")  # upstream's keys
 
-The resampler and upstream's per-crop adapters go through peft's ``modules_to_save``: copies that
-train, are saved with the adapter, and take the place of the originals when merged. So a directory
-of the published recipe loads with plain ``PeftModel.from_pretrained`` too.
+The resampler and upstream's per-crop adapters are in peft's ``modules_to_save``: peft trains copies
+of them, saves the copies with LoRA, and puts them in the place of the originals when it merges. So
+plain ``PeftModel.from_pretrained`` loads what the published recipe saves, too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import nn
 from monkey_kernels.checks import check_choice
 from monkey_model.visual import VisionTransformer
 
-#: Layers of each part that LoRA can wrap, as patterns that peft matches against a whole name.
+#: The layers of each part that LoRA can wrap. peft matches a pattern against the whole name.
 TARGETS = {
     "llm": r"transformer\.h\.\d+\.(?:attn\.(?:c_attn|c_proj)|mlp\.(?:w1|w2))",
     "resampler": r"transformer\.visual\.attn_pool\.(?:kv_proj|attn\.out_proj)",
@@ -34,8 +34,9 @@ TARGETS = {
     ),
 }
 
-#: What bitsandbytes has to leave alone, because it trains as it is; patterns that transformers
-#: matches from the start of a name:
+#: The modules that bitsandbytes must not quantise: the head, whose rounding every logit would show,
+#: and the resampler and the per-crop adapters, which train as they are. transformers matches a
+#: pattern from the start of the name. To be used as
 #: ``BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=NOT_QUANTISED)``.
 NOT_QUANTISED = [r"lm_head", r".*\.attn_pool", r".*_lora"]
 
@@ -54,15 +55,15 @@ def lora_config(
     """peft's config for LoRA in some parts of a Monkey model.
 
     Args:
-        model: the model that it is for, not yet wrapped.
+        model: the model to wrap, before peft has wrapped it.
         targets: parts to put LoRA in: ``"llm"`` (``c_attn``, ``attn.c_proj``, ``w1``, ``w2``),
             ``"resampler"`` (``kv_proj``, ``attn.out_proj``), ``"vit"`` (``in_proj``, ``out_proj``,
             ``c_fc``, ``c_proj``).
         r: rank.
-        lora_alpha: LoRA's output is scaled by lora_alpha / r.
-        lora_dropout: of LoRA's input.
-        train_resampler: train and save the resampler itself; it then takes no LoRA, so this counts
-            only without ``"resampler"`` among the targets.
+        lora_alpha: peft scales LoRA's output by lora_alpha / r.
+        lora_dropout: the probability of dropping an element of LoRA's input.
+        train_resampler: train and save the resampler itself. With ``"resampler"`` among the targets
+            this is ignored: the resampler then trains through LoRA alone.
         train_vit_lora: train and save upstream's per-crop adapters.
         settings: anything else that ``peft.LoraConfig`` takes.
 
@@ -99,6 +100,6 @@ def lora_config(
 
 def _adapter_suffixes(model: nn.Module) -> list[str]:
     """The ends of the per-crop adapters' names, the same in every block: ``in_proj_lora.0``, ..."""
-    # Not the banks: peft cannot copy an nn.ModuleList. By name, for upstream's own class too.
+    # peft cannot copy the nn.ModuleList around them. Upstream's own class has the same names.
     names = (re.search(r"\w+_lora\.\d+$", name) for name, _ in model.named_modules())
     return sorted({name[0] for name in names if name})
