@@ -188,7 +188,7 @@ class _Metered:
         self._bytes_left: float = 4 * size + 2**20
 
     def start_pixels(self) -> None:
-        """The header is read. Bytes do not count now: Pillow takes 64 KiB for each strip."""
+        """The header is read. Bytes do not count now: Pillow may take 64 KiB for each strip."""
         self._reads_left = MAX_READS
         self._bytes_left = math.inf
 

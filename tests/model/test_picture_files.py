@@ -20,7 +20,7 @@ from PIL import EpsImagePlugin, Image
 
 from monkey_model.inputs import images, picture_files
 from monkey_model.inputs.images import load_image
-from tests.helpers.pictures import RGB, assert_pixels, encoded, exif
+from tests.helpers.pictures import RGB, assert_pixels, encoded, exif, stacked
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
 
@@ -337,7 +337,11 @@ def test_exif_data_are_limited(format: str) -> None:
             for count in (2**18 - 100, 2**18)
         )
     assert load_image(accepted).shape[2] == 3
-    refused(over, "its EXIF data exceed MAX_EXIF_BYTES = 262144")
+    message = "its EXIF data exceed MAX_EXIF_BYTES = 262144"
+    refused(over, message)
+    if format == "JPEG":  # before Pillow joins them
+        with pytest.raises(ValueError, match=message):
+            picture_files._check_jpeg(io.BytesIO(over))
 
 
 # --- PNG -------------------------------------------------------------------------------------
@@ -460,12 +464,14 @@ def test_bytes_that_are_read_again_and_again() -> None:
         file.read()
 
 
-def test_a_tiff_of_many_short_strips() -> None:
-    """Pillow reads 64 KiB for each, so this one thirty times over."""
-    pixels = np.random.default_rng(7).integers(0, 256, (600, 700, 3), dtype=np.uint8)
-    data = encoded(Image.fromarray(pixels), "TIFF", tiffinfo={278: 1})
-    assert data.count(pixels[300].tobytes()) == 1
-    assert_pixels(load_image(data), pixels)
+@pytest.mark.parametrize("order", [range(99, -1, -1), [0] * 100], ids=["backwards", "one"])
+def test_short_strips_of_a_tiff(order: range | list[int]) -> None:
+    """Pillow may read 64 KiB for each, and so most of this file a hundred times."""
+    rows = np.random.default_rng(7).integers(0, 256, (100, 700), dtype=np.uint8)
+    offsets = struct.pack("<100I", *(603 + 700 * row for row in order))
+    sizes = {256: (4, 1, 700), 257: (4, 1, 100), 273: (4, 100, 203), 279: (4, 100, 203)}
+    data = tiff(sizes, offsets + rows.tobytes())
+    assert_pixels(load_image(data), stacked(rows[list(order)]))
 
 
 # --- PPM, GIF, BMP ---------------------------------------------------------------------------
