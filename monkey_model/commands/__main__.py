@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
 
 import typer
 
-from monkey_model.commands import ask, doctor, encode, finetune
+from monkey_model.commands import ask, demo_checkpoint, doctor, encode, finetune
 
 # torch takes seconds to import, so `monkey --help` does without: it is imported where it is used.
 
@@ -15,10 +17,35 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="The Monkey multimodal model and its visual encoder.",
 )
-for command in (ask.ask, finetune.finetune, finetune.merge, encode.encode, doctor.doctor):
+for command in (
+    ask.ask,
+    finetune.finetune,
+    finetune.merge,
+    encode.encode,
+    demo_checkpoint.demo_checkpoint,
+    doctor.doctor,
+):
     app.command()(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        try:
+            print(f"monkey-vision {version('monkey-vision')}")
+        except PackageNotFoundError:  # a clone on Python's path
+            print("monkey-vision is not installed, so that it has no version")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
+    ] = False,
+) -> None:
+    """The Monkey multimodal model and its visual encoder."""
 
 
 def main() -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
 from PIL import Image
 
+from monkey_model.commands.demo_checkpoint import write_demo_checkpoint
 from monkey_model.image_processing_monkey import MonkeyImageProcessor
-from monkey_model.modeling_monkey import MonkeyLMHeadModel
 from monkey_model.processing_monkey import MonkeyProcessor
 from tests.helpers.tiny import QUERIES, SIDE, SPAN, tiny_config
 from tests.helpers.vocabulary import tiny_tokenizer
@@ -25,15 +24,8 @@ def tiny_processor(folder: Path) -> MonkeyProcessor:
 
 
 def write_checkpoint(folder: Path, **settings) -> Path:
-    """Random weights, no adapter of which does nothing, with tokenizer and processor."""
-    torch.manual_seed(0)
-    model = MonkeyLMHeadModel(tiny_config(**{"seq_length": 256, **settings}))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("lora_b.weight"):
-                parameter.normal_(std=0.05)
-    model.save_pretrained(folder)
-    tiny_processor(folder).save_pretrained(folder)
+    """The public command's, in the size of the tests."""
+    write_demo_checkpoint(folder, tiny_config(**{"seq_length": 256, **settings}))
     return folder
 
 

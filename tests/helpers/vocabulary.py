@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 import unicodedata
 from pathlib import Path
 
-from transformers.convert_slow_tokenizer import bytes_to_unicode
-
+from monkey_model.commands.demo_checkpoint import vocabulary as ranks
+from monkey_model.commands.demo_checkpoint import write_vocabulary
 from monkey_model.tokenization_qwen import QWenTokenizer
 
-_WORDS = "the| the|image| image|Answer| Answer:|user|assistant|system|<|>|<|im|_start|图|é|ing|\n\n"
 SPECIAL = [
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
     *(f"<|extra_{i}|>" for i in range(205)),
@@ -20,25 +18,7 @@ SPECIAL = [
 ]
 
 
-def ranks() -> dict[bytes, int]:
-    """The bytes, in the order of the real vocabulary (not that of their values), and some words."""
-    tokens = [bytes([byte]) for byte in bytes_to_unicode()]
-    for word in _WORDS.split("|"):
-        data = word.encode()
-        tokens += [data[:end] for end in range(2, len(data) + 1)]
-    return {token: rank for rank, token in enumerate(dict.fromkeys(tokens))}
-
-
 SPECIAL_IDS = {token: len(ranks()) + number for number, token in enumerate(SPECIAL)}
-
-
-def write_vocabulary(directory: Path) -> Path:
-    """``qwen.tiktoken`` in ``directory``."""
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / "qwen.tiktoken"
-    lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks().items())
-    path.write_text("".join(lines))
-    return path
 
 
 def tiny_tokenizer(directory: Path, image_span: int = 20, **kwargs) -> QWenTokenizer:

@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from typer.testing import CliRunner
 
 from monkey_model.checkpoint import PREFIX
 from monkey_model.commands.__main__ import app
+from tests.helpers.checkpoint import write_data
 from tests.helpers.golden import load_golden
 from tests.helpers.numerics import relative_l2
 from tests.helpers.tiny import VISUAL, tiny_encoder
@@ -233,6 +236,37 @@ def test_doctor(run):
     output = run("doctor")
     assert f"{torch.__version__}" in output
     assert "extract_crops" in output and "resampler_attention" in output
+
+
+def test_version(run):
+    assert run("--version") == f"monkey-vision {version('monkey-vision')}\n"
+
+
+def test_demo_checkpoint_is_for_every_command(run, tmp_path):
+    """As the README tells a newcomer."""
+    output = run("demo-checkpoint", "made/demo")
+    assert "whose answers carry no meaning -> made/demo" in output
+    names = {path.name for path in Path("made/demo").iterdir()}
+    assert names >= {"config.json", "model.safetensors", "qwen.tiktoken", "tokenizer_config.json"}
+    assert not [name for name in names if name.startswith(".")]
+    run("encode", SAMPLE, "--checkpoint", "made/demo", "--device", "cpu")
+    assert read("tokens.safetensors")[0].shape == (1280, 128)
+    device = ("--device", "cpu", "--max-new-tokens", "2")
+    assert run("ask", SAMPLE, "What?", "--checkpoint", "made/demo", *device).strip()
+    write_data(tmp_path / "data", 2)
+    run("finetune", "--checkpoint", "made/demo", "--data", "data/data.json", "--output-dir", "run",
+        "--set", "training.use_cpu=true", "--set", "training.max_steps=1",
+        "--set", "training.dataloader_num_workers=0")  # fmt: skip
+    run("merge", "run/model", "--checkpoint", "made/demo", "--out", "merged")
+    run("ask", SAMPLE, "What?", "--checkpoint", "run/model", *device)
+    # The same every time, and nothing is written over.
+    (tmp_path / "again").mkdir()
+    run("demo-checkpoint", "again")
+    weights = [Path(folder, "model.safetensors").read_bytes() for folder in ("again", "made/demo")]
+    assert weights[0] == weights[1]
+    for taken in ("again", "again/config.json"):
+        output = run("demo-checkpoint", taken, code=2)
+        assert f"Error: DIRECTORY must not exist yet, or be empty; got {taken}\n" in output
 
 
 def test_help_is_quick_and_shows_no_traceback():
