@@ -406,7 +406,7 @@ def tiff(changes: dict[int, tuple[int, int, int]], data: bytes = b"", big: bool 
 @pytest.mark.parametrize("big", [False, True])
 @pytest.mark.parametrize(("tag", "kind"), [(273, 4), (273, 1), (258, 3), (40000, 12)])
 def test_values_of_a_tiff_are_counted(tag: int, kind: int, big: bool) -> None:
-    """Pillow makes a tile of each strip, a kilobyte for each byte of the file."""
+    """Pillow makes a tile of each strip: 250 bytes of memory for 4 of the file."""
     assert_pixels(load_image(tiff({}, big=big)), np.full((1, 1, 3), 127))
     message = f"a tag of a TIFF may hold at most MAX_TAG_VALUES = 262144 numbers; tag {tag} holds"
     refused(tiff({tag: (kind, 2**18 + 1, 8)}, big=big), message)
