@@ -87,7 +87,7 @@ def real_encoder(layers: int = LAYERS, dtype: torch.dtype = torch.float32) -> Vi
     """The encoder at real width, seeded, with adapters that are no no-ops; in eval mode."""
     torch.manual_seed(0)
     with torch.device(DEVICE):
-        encoder = VisionTransformer(**REAL_CONFIG, layers=layers, interpolation="bicubic")
+        encoder = VisionTransformer(**REAL_CONFIG, layers=layers)
         with torch.no_grad():
             for name, parameter in encoder.named_parameters():
                 if "lora_b" in name:

@@ -197,10 +197,8 @@ def load_visual(
         device: to put them on.
         allow_pickle: whether ``pytorch_model*.bin`` may be read where there are no safetensors
             files. Read with ``torch.load(weights_only=True)``; still, only from a source you trust.
-        interpolation: outranks the config's. Where neither says, it is ``"bicubic"``, as the
-            published checkpoints were trained.
-        fit: outranks the config's.
-        grid: outranks the config's.
+        interpolation: outranks the config's, as do fit and grid; see
+            :class:`monkey_model.crop_settings.CropSettings`.
 
     Raises:
         FileNotFoundError: no such directory, no config, no weights, or a shard is missing.

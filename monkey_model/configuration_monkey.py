@@ -28,9 +28,8 @@ class MonkeyConfig(QWenConfig):
     """:class:`QWenConfig` and ``visual``.
 
     Args:
-        visual: arguments of :class:`monkey_model.visual.VisionTransformer`, whose ``interpolation``
-            is ``"bicubic"`` where it is not given, and ``image_start_id``, the id of ``<img>``;
-            ``</img>`` and ``<imgpad>`` are the next two.
+        visual: arguments of :class:`monkey_model.visual.VisionTransformer`, and
+            ``image_start_id``, the id of ``<img>``; ``</img>`` and ``<imgpad>`` are the next two.
 
     Raises:
         ValueError: ``visual`` is of another family, has no image_start_id, or its output_dim is not

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, TypedDict
 
 import torch
@@ -15,11 +16,9 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, cached_file
 
 from monkey_kernels import CLIP_MEAN, CLIP_STD
-from monkey_kernels.checks import check_choice, check_grid, check_positive_int
-from monkey_kernels.crops.reference import FITS, INTERPOLATIONS
 from monkey_model.configuration_monkey import MonkeyConfig
+from monkey_model.crop_settings import CropSettings
 from monkey_model.inputs.images import ImageSource, load_crops
-from monkey_model.visual import VisionTransformer
 
 # Of transformers' own keyword arguments, those that say where a checkpoint's files are.
 _HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -41,20 +40,14 @@ class MonkeyImageProcessor(BaseImageProcessor):
     """Cuts images into the crops that the model's encoder reads.
 
     Args:
-        grid: (rows, columns) of local crops; the global one comes after them.
-        crop_size: side of a crop in pixels.
-        interpolation: ``"bicubic"``, as the published checkpoints were trained, or ``"bilinear"``.
-        fit: ``"stretch"`` (upstream), ``"crop"`` or ``"pad"``; see
-            :func:`monkey_kernels.extract_crops`.
+        grid: of :class:`monkey_model.crop_settings.CropSettings`, as are crop_size, interpolation,
+            fit and n_queries.
         image_mean: red, green and blue to subtract, on a 0..1 scale.
         image_std: red, green and blue to divide by, on a 0..1 scale.
-        n_queries: visual tokens that the model makes of a crop.
         image_processor_type, processor_class: transformers' own keys in what it saves; ignored.
 
     Raises:
-        TypeError: an argument of another type.
-        ValueError: a grid, crop_size or n_queries that is not positive, or an unknown
-            interpolation or fit.
+        TypeError, ValueError: those of CropSettings.
     """
 
     model_input_names = ["pixel_values"]  # noqa: RUF012
@@ -62,23 +55,20 @@ class MonkeyImageProcessor(BaseImageProcessor):
 
     def __init__(
         self,
-        grid: Sequence[int] = (2, 2),
-        crop_size: int = 448,
-        interpolation: str = "bicubic",
-        fit: str = "stretch",
+        grid: tuple[int, int] = CropSettings.grid,
+        crop_size: int = CropSettings.crop_size,
+        interpolation: str = CropSettings.interpolation,
+        fit: str = CropSettings.fit,
         image_mean: Sequence[float] = CLIP_MEAN,
         image_std: Sequence[float] = CLIP_STD,
-        n_queries: int = 256,
+        n_queries: int = CropSettings.n_queries,
         *,
         image_processor_type: str | None = None,
         processor_class: str | None = None,
     ) -> None:
         super().__init__()
-        check_positive_int("crop_size", crop_size)
-        check_choice("interpolation", interpolation, INTERPOLATIONS)
-        check_choice("fit", fit, FITS)
-        check_positive_int("n_queries", n_queries)
-        self.grid = check_grid(grid)
+        # Checked, and kept one by one: transformers saves the attributes.
+        self.grid = CropSettings(grid, crop_size, interpolation, fit, n_queries).grid
         self.crop_size = crop_size
         self.interpolation = interpolation
         self.fit = fit
@@ -87,14 +77,9 @@ class MonkeyImageProcessor(BaseImageProcessor):
         self.n_queries = n_queries
 
     @property
-    def crops_per_image(self) -> int:
-        """Local crops plus the global one."""
-        return self.grid[0] * self.grid[1] + 1
-
-    @property
-    def image_span(self) -> int:
-        """Visual tokens of an image, and so positions that it takes in a prompt."""
-        return self.crops_per_image * self.n_queries
+    def crop_settings(self) -> CropSettings:
+        """How images become crops."""
+        return CropSettings(self.grid, self.crop_size, self.interpolation, self.fit, self.n_queries)
 
     def preprocess(
         self,
@@ -120,18 +105,16 @@ class MonkeyImageProcessor(BaseImageProcessor):
         Raises:
             TypeError, ValueError, OSError: an image that cannot be read, by its number.
         """
+        settings = self.crop_settings
         crops = load_crops(
             flatten_images(images),
             device=device,
             allow_urls=allow_urls,
-            grid=self.grid,
-            crop_size=self.crop_size,
-            interpolation=self.interpolation,
-            fit=self.fit,
+            **settings.cutting,
             mean=self.image_mean,
             std=self.image_std,
         )
-        pixel_values = crops.unflatten(0, (-1, self.crops_per_image))
+        pixel_values = crops.unflatten(0, (-1, settings.crops_per_image))
         return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
 
     @classmethod
@@ -158,20 +141,12 @@ class MonkeyImageProcessor(BaseImageProcessor):
                 "in config.json; got none"
             )
         try:
-            with torch.device("meta"):  # one block is enough to ask
-                encoder = VisionTransformer.from_config(visual, layers=1)
+            settings = CropSettings.from_config(visual)
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"'visual' in config.json of {name} does not describe an encoder: {error}"
             ) from None
-        settings = {
-            "grid": encoder.grid,
-            "crop_size": encoder.crop_size,
-            "interpolation": encoder.interpolation,
-            "fit": encoder.fit,
-            "n_queries": encoder.attn_pool.num_queries,
-        }
-        return settings, kwargs
+        return asdict(settings), kwargs
 
 
 def flatten_images(images: ImageSource | Sequence[Any]) -> list[ImageSource]:

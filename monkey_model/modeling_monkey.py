@@ -181,11 +181,11 @@ class MonkeyModel(MonkeyPreTrainedModel, QWenModel):
                 leaves ``image_root``; an image that cannot be read.
         """
         visual, start_id = self.visual, self.config.visual["image_start_id"]
-        length = visual.crops_per_image * visual.attn_pool.num_queries
-        spans = find_spans(input_ids, start_id, length)
+        settings = visual.crop_settings
+        spans = find_spans(input_ids, start_id, settings.image_span)
         if pixel_values is not None:
-            side = visual.crop_size
-            expected = (len(spans), visual.crops_per_image, 3, side, side)
+            side = settings.crop_size
+            expected = (len(spans), settings.crops_per_image, 3, side, side)
             if tuple(pixel_values.shape) != expected:
                 raise ValueError(
                     f"pixel_values must be {list(expected)}, an image for each of {len(spans)} "
@@ -201,7 +201,7 @@ class MonkeyModel(MonkeyPreTrainedModel, QWenModel):
             if not self.training:
                 return mask, torch.empty(0, self.config.hidden_size, device=mask.device)
             patch = visual.patch_size[0]
-            crops = torch.zeros(visual.crops_per_image, 3, patch, patch, device=input_ids.device)
+            crops = torch.zeros(settings.crops_per_image, 3, patch, patch, device=input_ids.device)
         # In training one pass, however many images: sharded weights are gathered once per pass.
         chunk = len(crops) if self.training else None
         tokens = visual.encode_crops(crops, crop_chunk=chunk).flatten(0, 1)

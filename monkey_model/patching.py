@@ -69,7 +69,7 @@ class _PatchedVisual(VisionTransformer):
         if self._ready is None:
             crops = torch.stack(list(self._given.values()), dim=1)
             tokens = self.encode_crops(crops.flatten(0, 1))
-            self._ready = tokens.unflatten(0, (-1, self.crops_per_image))
+            self._ready = tokens.unflatten(0, (-1, self.crop_settings.crops_per_image))
         tokens = self._ready[:, position]
         del self._given[position]
         if not self._given:
@@ -80,8 +80,7 @@ class _PatchedVisual(VisionTransformer):
 def patch_visual(model: nn.Module, *, allow_urls: bool = False) -> nn.Module:
     """Put this project's encoder into a model of upstream's code, in place.
 
-    Weights are shared, not copied; training mode, dtype and device stay; images are resized with
-    ``bicubic``, which upstream's checkpoints were trained with.
+    Weights are shared, not copied; training mode, dtype and device stay.
 
     Args:
         model: with ``transformer.visual`` of upstream's ``monkey_model/visual.py``, and its
@@ -105,7 +104,7 @@ def patch_visual(model: nn.Module, *, allow_urls: bool = False) -> nn.Module:
     if not isinstance(config, dict):
         raise TypeError(f"model.config.visual must be a dict; got {type(config).__name__}")
     with torch.device("meta"):
-        patched = _PatchedVisual(stock, allow_urls, **{**config, "interpolation": "bicubic"})
+        patched = _PatchedVisual(stock, allow_urls, **config)
     _check_layout(patched, stock)
     levels = list(_levels(patched, stock))
     for path, _, theirs, _ in levels:

@@ -44,11 +44,11 @@ class MonkeyProcessor(ProcessorMixin):
     ) -> None:
         super().__init__(image_processor, tokenizer)
         self.chat_template = chat_template or tokenizer.chat_template
-        if tokenizer.image_span != image_processor.image_span:
+        settings = image_processor.crop_settings
+        if tokenizer.image_span != settings.image_span:
             raise ValueError(
                 "tokenizer.image_span must be crops_per_image * n_queries of image_processor, "
-                f"{image_processor.crops_per_image} * {image_processor.n_queries}; got "
-                f"{tokenizer.image_span}"
+                f"{settings.crops_per_image} * {settings.n_queries}; got {tokenizer.image_span}"
             )
 
     @classmethod
@@ -72,7 +72,7 @@ class MonkeyProcessor(ProcessorMixin):
             for setting in MonkeyImagesKwargs.__annotations__:
                 kwargs.pop(setting, None)
             tokenizer = QWenTokenizer.from_pretrained(
-                name, **kwargs, image_span=image_processor.image_span
+                name, **kwargs, image_span=image_processor.crop_settings.image_span
             )
         except json.JSONDecodeError as error:  # transformers names no file
             raise ValueError(f"a settings file in {name} must be JSON: {error}") from None

@@ -28,6 +28,7 @@ from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from monkey_kernels.checks import check_positive_int
 from monkey_model.configuration_qwen import QWenConfig
+from monkey_model.crop_settings import CropSettings
 from monkey_model.files import atomic
 from monkey_model.inputs import prompts
 from monkey_model.inputs.prompts import (
@@ -138,7 +139,7 @@ class QWenTokenizer(TokenizersBackend):
         self,
         vocab_file: str | os.PathLike[str] | None = None,
         tokenizer_file: str | os.PathLike[str] | None = None,
-        image_span: int = 1280,
+        image_span: int = CropSettings().image_span,
         **kwargs: Any,
     ) -> None:
         if tokenizer_file is not None:

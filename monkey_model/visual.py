@@ -17,15 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from monkey_kernels.checks import (
-    check_choice,
-    check_divides,
-    check_grid,
-    check_int,
-    check_positive_int,
-    check_tensor,
-)
-from monkey_kernels.crops.reference import FITS, INTERPOLATIONS
+from monkey_kernels.checks import check_divides, check_int, check_positive_int, check_tensor
+from monkey_model.crop_settings import LARGEST_SIZE, CropSettings
 from monkey_model.encoder.crop_adapters import (
     AdapterSelection,
     Lora_Adapter,
@@ -55,9 +48,6 @@ __all__ = [
     "sliding_window",
 ]
 
-# Of a size in a config, far beyond any encoder's: what torch makes of larger ones overflows.
-_LARGEST = 2**18
-
 
 def sliding_window(matrix: Tensor, window_size: tuple[int, int], stride: int) -> list[list[Tensor]]:
     """Cut [B, C, H, W] into windows, as views: ``windows[row][column]`` is [B, C, *window_size]."""
@@ -80,26 +70,26 @@ class VisionTransformer(nn.Module):
     """Monkey's visual encoder: ViT, resampler, ``ln_post`` and ``proj``.
 
     Args:
-        image_size: side of the canvas in pixels, or (height, width).
+        image_size: side of the canvas in pixels, or (height, width), where no grid is given.
         patch_size: side of a patch in pixels.
         width: of the ViT.
         layers: blocks of the ViT.
         heads: of the ViT; divides width.
         mlp_ratio: hidden width of the MLPs over width.
-        n_queries: visual tokens per crop, a square number.
+        n_queries: of :class:`monkey_model.crop_settings.CropSettings`, as are crop_size, grid,
+            interpolation and fit.
         output_dim: width of a visual token, a multiple of 128 (the resampler's head width).
         lora_repeat_num: adapters of each projection; 0 for none.
-        crop_size: side of a crop in pixels; a multiple of patch_size.
-        grid: (rows, columns) of local crops; by default as many as the canvas holds. It outranks
-            image_size: the canvas is grid * crop_size.
-        interpolation: ``"bilinear"``, or ``"bicubic"``, which upstream's checkpoints were trained
-            with.
-        fit: ``"stretch"`` (upstream), ``"crop"`` or ``"pad"``; see
-            :func:`monkey_kernels.extract_crops`.
+        crop_size: a multiple of patch_size.
+        grid: by default as many local crops as image_size holds. It outranks image_size.
         kwargs: ignored, as upstream ignores the keys of a config that it does not know.
 
+    Attributes:
+        crop_settings: how images become crops.
+
     Raises:
-        ValueError: a size that does not divide as said above, or an unknown interpolation or fit.
+        TypeError: an argument of another type.
+        ValueError: a size that does not divide as said above, or what CropSettings refuses.
 
     Source: upstream ``monkey_model/visual.py``; Li et al., Monkey (CVPR 2024).
     """
@@ -112,65 +102,53 @@ class VisionTransformer(nn.Module):
         layers: int,
         heads: int,
         mlp_ratio: float,
-        n_queries: int = 256,
+        n_queries: int = CropSettings.n_queries,
         output_dim: int = 512,
         lora_repeat_num: int = 4,
         *,
-        crop_size: int = 448,
+        crop_size: int = CropSettings.crop_size,
         grid: tuple[int, int] | None = None,
-        interpolation: str = "bilinear",
-        fit: str = "stretch",
+        interpolation: str = CropSettings.interpolation,
+        fit: str = CropSettings.fit,
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        sides = image_size if isinstance(image_size, (list, tuple)) else (image_size, image_size)
-        if len(sides) != 2:
-            raise ValueError(f"image_size must be a side or (height, width); got {image_size!r}")
-        height, width_px = sides
+        self.crop_settings = CropSettings.from_config({
+            "image_size": image_size,
+            "crop_size": crop_size,
+            "grid": grid,
+            "interpolation": interpolation,
+            "fit": fit,
+            "n_queries": n_queries,
+        })  # fmt: skip
         for name, size in (
-            ("image_size", height),
-            ("image_size", width_px),
             ("patch_size", patch_size),
-            ("crop_size", crop_size),
             ("width", width),
             ("layers", layers),
             ("heads", heads),
-            ("n_queries", n_queries),
             ("output_dim", output_dim),
         ):
-            check_int(name, size, least=1, most=_LARGEST)
-        check_int("lora_repeat_num", lora_repeat_num, least=0, most=_LARGEST)
+            check_int(name, size, least=1, most=LARGEST_SIZE)
+        check_int("lora_repeat_num", lora_repeat_num, least=0, most=LARGEST_SIZE)
         if not isinstance(mlp_ratio, (int, float)):
             raise TypeError(f"mlp_ratio must be a number; got {type(mlp_ratio).__name__}")
-        if not (math.isfinite(mlp_ratio) and 1 <= width * mlp_ratio <= _LARGEST):
+        if not (math.isfinite(mlp_ratio) and 1 <= width * mlp_ratio <= LARGEST_SIZE):
             raise ValueError(
-                f"mlp_ratio must give the MLP a width of 1 to {_LARGEST}; got {mlp_ratio}"
+                f"mlp_ratio must give the MLP a width of 1 to {LARGEST_SIZE}; got {mlp_ratio}"
             )
         check_divides("heads", heads, "width", width)
         if crop_size % patch_size:
             raise ValueError(
                 f"crop_size must be a multiple of patch_size, {patch_size}; got {crop_size}"
             )
-        if grid is None and (height % crop_size or width_px % crop_size):
-            raise ValueError(
-                f"image_size must be a multiple of crop_size, {crop_size}, where no grid is given; "
-                f"got {image_size}"
-            )
-        if math.isqrt(n_queries) ** 2 != n_queries:
-            raise ValueError(f"n_queries must be a square number; got {n_queries}")
         if output_dim % 128:
             raise ValueError(f"output_dim must be a multiple of 128; got {output_dim}")
-        check_choice("interpolation", interpolation, INTERPOLATIONS)
-        check_choice("fit", fit, FITS)
-        self.image_size = (height, width_px)
+        # Upstream's attributes.
+        self.image_size = height, width_px = self.crop_settings.canvas_size
         self.patch_size = (patch_size, patch_size)
         self.grid_size = (height // patch_size, width_px // patch_size)
         self.output_dim = output_dim
         self.lora_repeat_num = lora_repeat_num
-        self.crop_size = crop_size
-        self.grid = check_grid(grid or (height // crop_size, width_px // crop_size))
-        self.interpolation = interpolation
-        self.fit = fit
         self.merged_adapter: int | None = None
         self._blocks_compiled = False
         self._positions: ParameterCache[Tensor] = ParameterCache()
@@ -196,9 +174,6 @@ class VisionTransformer(nn.Module):
     def from_config(cls, visual: Mapping[str, Any], **overrides: Any) -> VisionTransformer:
         """The encoder that ``visual`` of a checkpoint's config describes, with new weights.
 
-        Where neither says, ``interpolation`` is ``"bicubic"``, as the published checkpoints were
-        trained.
-
         Args:
             visual: the constructor's arguments; keys that it does not know are ignored.
             overrides: outrank ``visual``; None says nothing.
@@ -208,17 +183,7 @@ class VisionTransformer(nn.Module):
         """
         check_is_monkey(visual)
         given = {name: value for name, value in overrides.items() if value is not None}
-        return cls(**{"interpolation": "bicubic", **visual, **given})
-
-    @property
-    def crops_per_image(self) -> int:
-        """Local crops plus the global one."""
-        return self.grid[0] * self.grid[1] + 1
-
-    @property
-    def canvas_size(self) -> tuple[int, int]:
-        """(height, width) in pixels of the resized image that the local crops tile."""
-        return self.grid[0] * self.crop_size, self.grid[1] * self.crop_size
+        return cls(**{**visual, **given})
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
@@ -404,11 +369,8 @@ class VisionTransformer(nn.Module):
             images,
             device=self._device() if device is None else device,
             allow_urls=allow_urls,
-            fast_decode=self.canvas_size if fast_decode else None,
-            grid=self.grid,
-            crop_size=self.crop_size,
-            interpolation=self.interpolation,
-            fit=self.fit,
+            fast_decode=self.crop_settings.canvas_size if fast_decode else None,
+            **self.crop_settings.cutting,
         )
 
     def encode(
@@ -423,9 +385,9 @@ class VisionTransformer(nn.Module):
         Returns:
             ``windows[row][column]`` and ``images_448``, each [B, 3, crop_size, crop_size] float32.
         """
-        rows, columns = self.grid
+        rows, columns = self.crop_settings.grid
         crops = self.extract_crops(image_paths, allow_urls=allow_urls)
-        crops = crops.unflatten(0, (-1, self.crops_per_image))
+        crops = crops.unflatten(0, (-1, self.crop_settings.crops_per_image))
         windows = [[crops[:, r * columns + c] for c in range(columns)] for r in range(rows)]
         return windows, crops[:, -1]
 
@@ -461,7 +423,7 @@ class VisionTransformer(nn.Module):
         index = self.adapter_index(adapter_index)
         crops = self.extract_crops(images, allow_urls=allow_urls, fast_decode=fast_decode)
         tokens = self.encode_crops(crops, adapter_index=index, crop_chunk=crop_chunk)
-        return tokens.view(-1, self.crops_per_image * tokens.shape[1], tokens.shape[2])
+        return tokens.view(-1, self.crop_settings.image_span, tokens.shape[2])
 
     def encode_crops(
         self,
@@ -485,12 +447,12 @@ class VisionTransformer(nn.Module):
         """
         index = self.adapter_index(adapter_index)
         check_tensor("crops", crops, 4, "[B * crops_per_image, 3, H, W]")
-        if len(crops) == 0 or len(crops) % self.crops_per_image:
+        per_image = self.crop_settings.crops_per_image
+        if len(crops) == 0 or len(crops) % per_image:
             raise ValueError(
-                f"crops must be a multiple of {self.crops_per_image} crops (crops per image); got "
-                f"{len(crops)}"
+                f"crops must be a multiple of {per_image} crops (crops per image); got {len(crops)}"
             )
-        index = index * (len(crops) // self.crops_per_image)
+        index = index * (len(crops) // per_image)
         if crop_chunk is None:
             crop_chunk = 1 if self._device().type == "cpu" else len(crops)
         check_positive_int("crop_chunk", crop_chunk)
@@ -500,13 +462,14 @@ class VisionTransformer(nn.Module):
 
     def adapter_index(self, index: Sequence[int | None] | None = None) -> list[int | None]:
         """The adapter of each crop of an image, checked."""
-        local, adapters = self.crops_per_image - 1, self.lora_repeat_num
+        grid, adapters = self.crop_settings.grid, self.lora_repeat_num
+        local = self.crop_settings.crops_per_image - 1
         if index is None:
             if adapters == 0:
                 return [None] * (local + 1)
             if local > adapters:
                 raise ValueError(
-                    f"grid {self.grid} has {local} local crops but there are {adapters} adapters: "
+                    f"grid {grid} has {local} local crops but there are {adapters} adapters: "
                     "pass adapter_index, an adapter or None for each crop"
                 )
             return [*range(local), None]

@@ -107,16 +107,17 @@ def _build_encoder(
     import torch
 
     from monkey_model.checkpoint import load_visual
+    from monkey_model.crop_settings import CropSettings
     from monkey_model.visual import VisionTransformer
 
     if checkpoint is not None:
         return load_visual(
             checkpoint, dtype=dtype, device=device, allow_pickle=allow_pickle, **settings
         )
-    rows, columns = settings.get("grid", (2, 2))
+    adapters = CropSettings.from_config({**SEEDED_CONFIG, **settings}).crops_per_image - 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        encoder = VisionTransformer(**SEEDED_CONFIG, lora_repeat_num=rows * columns, **settings)
+        encoder = VisionTransformer(**SEEDED_CONFIG, lora_repeat_num=adapters, **settings)
     return encoder.to(device, dtype).eval()
 
 
@@ -170,7 +171,7 @@ def encode(
     ] = None,
     interpolation: Annotated[
         Interpolation | None,
-        typer.Option(help="Resize filter. Default: the checkpoint's (bicubic), else bilinear."),
+        typer.Option(help="Resize filter. Default: the config's, bicubic."),
     ] = None,
     fit: Annotated[
         Fit | None, typer.Option(help="How an aspect ratio meets the canvas. Default: stretch.")
@@ -227,11 +228,12 @@ def encode(
             "These tokens carry no meaning.[/]"
         )
 
+    crop_settings = encoder.crop_settings
     metadata = {
         "checkpoint": shown(str(checkpoint)) if checkpoint else "none: random weights",
-        "grid": f"{encoder.grid[0]}x{encoder.grid[1]}",
-        "interpolation": encoder.interpolation,
-        "fit": encoder.fit,
+        "grid": "x".join(map(str, crop_settings.grid)),
+        "interpolation": crop_settings.interpolation,
+        "fit": crop_settings.fit,
         "fast_decode": str(fast_decode).lower(),
     }
     failed: list[str] = []
@@ -248,7 +250,7 @@ def encode(
                     report(str(error))
                     raise typer.Exit(2) from None
                 if preview is not None:
-                    picture = draw_crops(crops[: len(adapters)], encoder.grid, adapters)
+                    picture = draw_crops(crops[: len(adapters)], crop_settings.grid, adapters)
                     with atomic(preview) as file:
                         picture.save(file, "PNG")
                     say(err_console, f"crops of {shown(decoded[0][0])} -> {shown(str(preview))}")
@@ -273,7 +275,7 @@ def _decode_batch(
     """The images that can be read, and where their tokens go; the others are reported."""
     from monkey_model.inputs.images import load_image
 
-    enough = encoder.canvas_size if fast_decode else None
+    enough = encoder.crop_settings.canvas_size if fast_decode else None
     decoded = []
     for name, path in batch:
         try:

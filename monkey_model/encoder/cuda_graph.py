@@ -44,7 +44,7 @@ class GraphedEncoder:
         if encoder.training:
             raise ValueError("encoder must be in eval mode; got training mode")
         index = encoder.adapter_index(adapter_index) * images
-        side, dtype = encoder.crop_size, encoder.transformer.get_cast_dtype()
+        side, dtype = encoder.crop_settings.crop_size, encoder.transformer.get_cast_dtype()
         self._crops = torch.zeros(len(index), 3, side, side, device=device, dtype=dtype)
         selection = encoder._select(index, len(index))
         with torch.no_grad(), torch.cuda.device(device):

@@ -27,7 +27,7 @@ class Golden:
     tokens_every_2nd: Tensor  # [2, 640, 256]
 
     def encoder(self, **settings) -> VisionTransformer:
-        encoder = VisionTransformer(**{**self.config, "interpolation": "bicubic", **settings})
+        encoder = VisionTransformer(**{**self.config, **settings})
         encoder.load_state_dict(self.state, strict=True)
         return encoder.eval()
 

@@ -61,7 +61,7 @@ def test_shards(checkpoint, encoder):
     assert_same(loaded, encoder)
     assert not loaded.attn_pool.pos_embed.requires_grad and loaded.proj.requires_grad
     # Published checkpoints were trained with bicubic and do not say so.
-    assert loaded.interpolation == "bicubic"
+    assert loaded.crop_settings.interpolation == "bicubic"
 
 
 def test_single_file_and_settings(tmp_path, encoder):
@@ -69,9 +69,9 @@ def test_single_file_and_settings(tmp_path, encoder):
     save_file(full_state(encoder), tmp_path / "model.safetensors")
     loaded = load_visual(tmp_path)
     assert_same(loaded, encoder)
-    assert (loaded.interpolation, loaded.fit) == ("bilinear", "pad")
+    assert loaded.crop_settings.interpolation == "bilinear" and loaded.crop_settings.fit == "pad"
     loaded = load_visual(tmp_path, interpolation="bicubic", grid=(1, 2), dtype=torch.bfloat16)
-    assert (loaded.interpolation, loaded.grid) == ("bicubic", (1, 2))
+    assert loaded.crop_settings.interpolation == "bicubic" and loaded.crop_settings.grid == (1, 2)
     assert loaded.proj.dtype == torch.bfloat16
 
 

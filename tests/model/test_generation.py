@@ -110,7 +110,7 @@ def test_images_are_encoded_once(model, settings):
         of_batch(model, **settings)
     finally:
         handle.remove()
-    assert sum(crops) == PICTURES.shape[0] * visual.crops_per_image
+    assert sum(crops) == PICTURES.shape[0] * visual.crop_settings.crops_per_image
 
 
 def test_prompt_in_chunks(model):

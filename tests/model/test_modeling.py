@@ -62,7 +62,8 @@ def test_half_precision_checkpoints_answer_and_train(tmp_path, dtype):
     model = MonkeyLMHeadModel.from_pretrained(tmp_path, dtype=dtype).eval()
     assert {p.dtype for p in model.parameters()} == {dtype}
     visual = model.transformer.visual
-    crops = torch.randn(visual.crops_per_image, 3, visual.crop_size, visual.crop_size)
+    settings = visual.crop_settings
+    crops = torch.randn(settings.crops_per_image, 3, settings.crop_size, settings.crop_size)
     with torch.no_grad():
         expected = visual.encode_crops(crops)
     assert expected.dtype == dtype and torch.isfinite(expected).all()

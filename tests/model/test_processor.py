@@ -41,7 +41,7 @@ def processor(tmp_path_factory: pytest.TempPathFactory) -> MonkeyProcessor:
 
 @pytest.fixture(scope="module")
 def encoder():
-    return tiny_encoder(interpolation="bicubic")
+    return tiny_encoder()
 
 
 def crops_of(encoder, *images) -> torch.Tensor:
@@ -79,7 +79,7 @@ def test_default_crops_are_upstreams() -> None:
 def test_settings_of_images() -> None:
     settings = {"grid": (1, 3), "interpolation": "bilinear", "fit": "pad", **SETTINGS}
     crops = MonkeyImageProcessor(**settings)(B)["pixel_values"]
-    encoder = tiny_encoder(grid=(1, 3), fit="pad")
+    encoder = tiny_encoder(grid=(1, 3), interpolation="bilinear", fit="pad")
     assert torch.equal(crops[0], encoder.extract_crops([B]))
     settings["fit"] = "crop"  # what pads is the mean
     crops = MonkeyImageProcessor(**settings)(B)["pixel_values"]
@@ -338,8 +338,11 @@ def test_checkpoint_without_settings(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "monkey", "visual": [1]}')
     with pytest.raises(ValueError, match=message):
         MonkeyProcessor.from_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text('{"visual": {"image_size": 896}}')
-    message = rf"'visual' in config.json of {tmp_path} does not describe an encoder: .*missing"
+    (tmp_path / "config.json").write_text('{"visual": {"width": 1664}}')
+    message = (
+        rf"'visual' in config.json of {tmp_path} does not describe an encoder: image_size or grid "
+        "must be given; got neither"
+    )
     with pytest.raises(ValueError, match=message):
         MonkeyProcessor.from_pretrained(tmp_path)
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from monkey_kernels.crops import reference
+from monkey_model.crop_settings import CropSettings
 from monkey_model.encoder.crop_adapters import adapter_bank, select_adapters, with_adapters
 from monkey_model.visual import (
     Lora_Adapter,
@@ -263,13 +264,13 @@ def test_fast_decode(tmp_path):
 
 
 def test_settings_come_from_a_config_and_unknown_keys_are_ignored():
-    config = {**VISUAL, "interpolation": "bicubic", "fit": "pad", "grid": [1, 2], "other": 7}
+    config = {**VISUAL, "interpolation": "bilinear", "fit": "pad", "grid": [1, 2], "other": 7}
     encoder = VisionTransformer(**config)
-    assert (encoder.interpolation, encoder.fit, encoder.grid) == ("bicubic", "pad", (1, 2))
-    assert encoder.crops_per_image == 3
+    assert encoder.crop_settings == CropSettings((1, 2), 28, "bilinear", "pad", 4)
+    assert encoder.image_size == (28, 56) and encoder.grid_size == (2, 4)
     default = VisionTransformer(**VISUAL)
-    assert (default.interpolation, default.fit, default.grid) == ("bilinear", "stretch", (2, 2))
-    assert VisionTransformer(**{**VISUAL, "image_size": [28, 84]}).grid == (1, 3)
+    assert default.crop_settings == CropSettings((2, 2), 28, "bicubic", "stretch", 4)
+    assert VisionTransformer(**{**VISUAL, "image_size": [28, 84]}).crop_settings.grid == (1, 3)
 
 
 def test_patch_embedding_is_the_convolution():
@@ -412,7 +413,7 @@ def test_cast_dtype_is_not_a_quantised_weights():
         ({"image_size": "56"}, TypeError, "image_size must be an int; got str"),
         ({"image_size": [56]}, ValueError, r"a side or \(height, width\); got \[56\]"),
         ({"n_queries": -4}, ValueError, "n_queries must be positive; got -4"),
-        ({"crop_size": 30}, ValueError, "crop_size must be a multiple of patch_size, 14; got 30"),
+        ({"crop_size": 8}, ValueError, "crop_size must be a multiple of patch_size, 14; got 8"),
         ({"image_size": 57}, ValueError, "image_size must be a multiple of crop_size, 28.*got 57"),
         ({"image_size": 0}, ValueError, "image_size must be positive; got 0"),
         ({"patch_size": 1.5}, TypeError, "patch_size must be an int; got float"),
