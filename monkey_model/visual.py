@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,6 @@ from monkey_model.encoder.crop_adapters import (
     AdapterSelection,
     Lora_Adapter,
     check_adapter_index,
-    merge_adapters,
     select_adapters,
 )
 from monkey_model.encoder.cuda_graph import GraphedEncoder
@@ -149,7 +148,6 @@ class VisionTransformer(nn.Module):
         self.grid_size = (height // patch_size, width_px // patch_size)
         self.output_dim = output_dim
         self.lora_repeat_num = lora_repeat_num
-        self.merged_adapter: int | None = None
         self._blocks_compiled = False
         self._positions: ParameterCache[Tensor] = ParameterCache()
 
@@ -220,42 +218,6 @@ class VisionTransformer(nn.Module):
             block.recompute = block.attn.recompute = enabled  # type: ignore[union-attr,assignment]
         return self
 
-    def merge_adapter(self, idx: int) -> VisionTransformer:
-        """Add the adapters of one crop position to the weights, in place and for good.
-
-        For a server that runs one position: afterwards the encoder takes crops of this position
-        alone, and its state dict is no longer upstream's, since the adapters are gone. Those of
-        the MLPs read another tensor than the projection that they are added to: the one of this
-        position stays beside it (0.3 % of a block's arithmetic).
-
-        Args:
-            idx: the adapter.
-
-        Raises:
-            TypeError: idx is no integer, or a layer is not a plain ``nn.Linear``.
-            ValueError: there is no such adapter, or one is merged already.
-        """
-        (number,) = check_adapter_index("idx", [idx], self.lora_repeat_num)
-        if number is None:
-            raise TypeError("idx must be the number of an adapter; got None")
-        if self.merged_adapter is not None:
-            raise ValueError(f"idx: adapter {self.merged_adapter} is merged already; got {number}")
-        blocks = [cast(VisualAttentionBlock, block) for block in self.transformer.resblocks]
-        pairs = [
-            (projection, cast(Lora_Adapter, bank[number]))
-            for block in blocks
-            for projection, bank in (
-                (block.attn.in_proj, block.attn.in_proj_lora),
-                (block.attn.out_proj, block.attn.out_proj_lora),
-            )
-        ]
-        merge_adapters(pairs)
-        for block in blocks:
-            block.attn.in_proj_lora, block.attn.out_proj_lora = nn.ModuleList(), nn.ModuleList()
-            block.mlp_lora = nn.ModuleList([block.mlp_lora[number]])
-        self.merged_adapter = number
-        return self
-
     def compile(self, **kwargs: Any) -> None:
         """Compile one block, and run all of them with it (regional compilation).
 
@@ -312,12 +274,6 @@ class VisionTransformer(nn.Module):
             index = index * crops
         if len(index) != crops:
             raise ValueError(f"idx must have an entry for each of {crops} crops; got {len(index)}")
-        if self.merged_adapter is not None:
-            if any(entry != self.merged_adapter for entry in index):
-                raise ValueError(
-                    f"idx must be {self.merged_adapter}, the adapter that is merged; got {idx}"
-                )
-            return 0  # the banks that are left hold one
         return select_adapters(
             index, self.lora_repeat_num, self._device(), one_hot=self._blocks_compiled
         )

@@ -127,30 +127,6 @@ def _is_ours(out: Tensor, base: Callable[[Tensor], Tensor]) -> bool:
     return out.is_contiguous() and not out.requires_grad and not hooked
 
 
-def merge_adapters(pairs: Sequence[tuple[nn.Module, Lora_Adapter]]) -> None:
-    """Add ``lora_scale * lora_b lora_a`` to each projection's weight, in place, in float64.
-
-    Raises:
-        TypeError: a layer is not a plain ``nn.Linear`` (quantised, wrapped).
-        ValueError: a layer's weight is not in memory (offloaded).
-
-    After either nothing has changed.
-    """
-    for projection, adapter in pairs:
-        for module in (projection, adapter.lora_a, adapter.lora_b):
-            if type(module) is not nn.Linear:
-                raise TypeError(
-                    f"only plain nn.Linear layers can be merged; got {type(module).__name__}"
-                )
-            if module.weight.is_meta:
-                raise ValueError("only layers in memory can be merged; got one that is offloaded")
-    with torch.no_grad():
-        for projection, adapter in pairs:
-            weight = cast(nn.Linear, projection).weight
-            product = adapter.lora_b.weight.double() @ adapter.lora_a.weight.double()
-            weight.copy_(weight.double() + adapter.lora_scale.double() * product)
-
-
 def check_adapter_index(name: str, index: Any, adapters: int) -> list[int | None]:
     """``index``, the argument called ``name``, as a list of adapters that exist, and None.
 

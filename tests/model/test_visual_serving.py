@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from monkey_model.encoder.cuda_graph import GraphedEncoder
 from tests.helpers.golden import assert_tokens_match, load_golden
-from tests.helpers.numerics import check_error, relative_l2
+from tests.helpers.numerics import relative_l2
 from tests.helpers.tiny import tiny_encoder
 
 INDEX = [0, 1, 2, 3, None]
@@ -145,47 +145,6 @@ def test_forward_reads_no_values(training):
         tokens.sum().item()
     with NoValuesOnTheHost(), pytest.raises(AssertionError, match="waits for its tensor"):
         torch.equal(crops, crops)
-
-
-# ---- merged adapters ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merged_adapter(dtype):
-    """The error rule: as close to the exact result as the adapter beside the projection."""
-    crops = torch.randn(3, 3, 28, 28).to(dtype)
-    beside, merged = tiny_encoder().to(dtype), tiny_encoder().to(dtype)
-    exact = tiny_encoder().to(dtype).double()
-    size = len(merged.state_dict())
-    assert merged.merge_adapter(2) is merged
-    with torch.no_grad():
-        expected = exact(crops.double(), 2)
-        check_error("merged", merged(crops, 2), beside(crops, 2), expected)
-        torch.testing.assert_close(merged(crops, [2, 2, 2]), merged(crops, 2))
-    assert merged.merged_adapter == 2
-    assert len(merged.state_dict()) == size - 2 * (4 + 4 + 3) * 3
-    for idx in (None, 0, [2, 2, 1]):
-        with pytest.raises(ValueError, match="idx must be 2, the adapter that is merged; got"):
-            merged(crops, idx)
-    with pytest.raises(ValueError, match="adapter 2 is merged already; got 1"):
-        merged.merge_adapter(1)
-
-
-def test_a_merge_that_cannot_be_done_changes_nothing():
-    class Wrapped(torch.nn.Linear):
-        pass
-
-    encoder = tiny_encoder()
-    before = {name: value.clone() for name, value in encoder.state_dict().items()}
-    encoder.transformer.resblocks[1].attn.out_proj.__class__ = Wrapped
-    with pytest.raises(TypeError, match=r"only plain nn.Linear layers can be merged; got Wrapped"):
-        encoder.merge_adapter(0)
-    for name, value in encoder.state_dict().items():
-        assert torch.equal(value, before[name])
-    with pytest.raises(ValueError, match=r"idx must name one of the 4 adapters \(0 to 3\); got 4"):
-        encoder.merge_adapter(4)
-    with pytest.raises(TypeError, match="idx must be the number of an adapter; got None"):
-        encoder.merge_adapter(None)
 
 
 # ---- position tables ----------------------------------------------------------------------------
