@@ -10,15 +10,13 @@ from typing import Any, TypedDict
 import torch
 from transformers import PreTrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
-
-# The package's own name for it asks for torchvision in transformers 5.17.
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, cached_file
 
 from monkey_kernels import CLIP_MEAN, CLIP_STD
 from monkey_model.configuration_monkey import MonkeyConfig
 from monkey_model.crop_settings import CropSettings
 from monkey_model.inputs.images import ImageSource, load_crops
+from monkey_model.transformers_compat import AutoImageProcessor
 
 # Of transformers' own keyword arguments, those that say where a checkpoint's files are.
 _HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")

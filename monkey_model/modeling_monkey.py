@@ -25,13 +25,8 @@ from monkey_model.families import family_of_keys
 from monkey_model.files import list_problems
 from monkey_model.inputs.images import load_image
 from monkey_model.inputs.spans import ImageSpan, find_spans, locate, mask_spans, read_path
-from monkey_model.modeling_qwen import (
-    CACHE,
-    QWenLMHeadModel,
-    QWenModel,
-    QWenPreTrainedModel,
-    one_cache,
-)
+from monkey_model.modeling_qwen import QWenLMHeadModel, QWenModel, QWenPreTrainedModel
+from monkey_model.transformers_compat import CACHE, one_cache
 from monkey_model.visual import VisionTransformer
 
 _NO_PLACE = "pixel_values need input_ids, whose image spans say where they go"

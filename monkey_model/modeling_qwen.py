@@ -25,6 +25,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm as RMSNorm
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb, eager_attention_forward
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -32,9 +33,7 @@ from transformers.utils.output_capturing import capture_outputs
 from monkey_model.configuration_qwen import QWenConfig
 from monkey_model.files import list_problems, unreadable_pickle
 from monkey_model.gradient_checkpointing import check_not_reentrant
-
-# What transformers calls a cache where it looks for it by name: "cache" since 5.24.
-CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+from monkey_model.transformers_compat import CACHE, one_cache
 
 # Prompts are stretched up to 2**_NTK_LEVELS times seq_length.
 _NTK_LEVELS = 16
@@ -42,32 +41,6 @@ _NTK_LEVELS = 16
 # Positions whose logits are in memory at a time, where backward computes them again: 256 of 151936
 # float32 values are 148 MiB.
 _LOSS_CHUNK = 256
-
-
-def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
-    """The cache under either of its names.
-
-    Raises:
-        ValueError: both are given.
-    """
-    if past_key_values is not None and cache is not None:
-        raise ValueError("past_key_values and cache are two names of one argument; got both")
-    return past_key_values if cache is None else cache
-
-
-class RMSNorm(nn.Module):
-    """``x / rms(x) * weight``: float32, rounded to the dtype of x before the weight."""
-
-    def __init__(self, dim: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., dim] to the same."""
-        wide = x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return normed.type_as(x) * self.weight
 
 
 def ntk_alpha(lengths: Tensor, seq_length: int) -> Tensor:

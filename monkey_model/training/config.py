@@ -264,18 +264,19 @@ def training_arguments(config: FinetuneConfig) -> TrainingArguments:
     """
     from transformers import TrainingArguments
 
+    from monkey_model.transformers_compat import checkpointing_argument
+
     known = {f.name: f.default for f in fields(TrainingArguments) if f.init}
     launch = launch_arguments(config.launch)
     for section, given in (("launch", launch), ("training", config.training)):
         _check_arguments(section, given, known)
-    # transformers is renaming the argument.
-    old, new = "gradient_checkpointing", "activation_checkpointing"
+    checkpointing = checkpointing_argument(known)
     own = {
         "output_dir": config.output_dir,
         "bf16": config.dtype == "bfloat16",
         "fp16": config.dtype == "float16",
-        (new if new in known else old): config.gradient_checkpointing,
-        f"{new if new in known else old}_kwargs": {"use_reentrant": False},
+        checkpointing: config.gradient_checkpointing,
+        f"{checkpointing}_kwargs": {"use_reentrant": False},
         "remove_unused_columns": False,
         "label_names": ["labels"],
     }

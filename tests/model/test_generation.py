@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from monkey_model.modeling_monkey import MonkeyLMHeadModel
-from monkey_model.modeling_qwen import CACHE
+from monkey_model.transformers_compat import CACHE
 from tests.helpers.tiny import IMG, left_pad, pixels, span, tiny_model
 
 # One image, none, two.
