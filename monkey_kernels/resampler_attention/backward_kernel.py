@@ -1,4 +1,4 @@
-"""Device code of ``resampler_attention``, backward. The formulas are in ``kernel.py``."""
+"""Device code of ``resampler_attention``, backward. The formulas are in ``launch.py``."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ def grad_query_kernel(
     MASK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """Partial sums of the query's gradient, and delta. Grid: (query blocks * heads * groups,)."""
     pid = tl.program_id(0)
     blocks_m = tl.cdiv(num_queries, BLOCK_M)
     start_m = (pid % blocks_m).to(tl.int64) * BLOCK_M
@@ -51,7 +52,7 @@ def grad_query_kernel(
     q_ptr += start_m * stride_qm + head * HEAD_DIM
     q = load_rows(q_ptr, stride_qm, rows_m, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    # Crops group, group + num_groups, ...: a fixed order, and groups within one crop of equal.
+    # A group is every num_groups-th crop: sizes differ by one crop at most, the order is fixed.
     for crop_index in range(group, num_crops, num_groups):
         crop = tl.cast(crop_index, tl.int64)
         row_offset = (crop * num_queries + start_m) * width + head * HEAD_DIM
@@ -76,7 +77,8 @@ def grad_query_kernel(
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             p = tl.exp2(s * qk_scale - lse[:, None])
             if MASK_N:
-                # Zero keys do not hide a token: exp2(-lse) may be infinite, and inf * 0 is NaN.
+                # A token past the last has the score 0, so its P = exp2(-lse) may be infinite. Its
+                # key is 0 as well, but infinity times 0 is NaN: set P to 0.
                 p = tl.where((offs_n < rows_n)[None, :], p, 0.0)
             dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
             ds = p * (dp - delta[:, None])
@@ -113,6 +115,7 @@ def grad_key_value_kernel(
     MASK_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """Gradients of key and value. Grid: (token blocks * heads * crops,)."""
     # Key blocks vary fastest: those of one head and crop share its queries and gradient in L2.
     pid = tl.program_id(0)
     blocks_n = tl.cdiv(num_tokens, BLOCK_N)
@@ -139,12 +142,13 @@ def grad_key_value_kernel(
         rows_m = num_queries - start_m
         q = load_rows(q_ptr + m * stride_qm, stride_qm, rows_m, BLOCK_M, HEAD_DIM, BLOCK_D, MASK_M)
         grad = load_rows(grad_ptr + m * width, width, rows_m, BLOCK_M, HEAD_DIM, BLOCK_D, MASK_M)
-        # A query row beyond the last has q = grad = lse = delta = 0, so P = 1 and dS = 0: it adds
-        # nothing to dK and dV.
+        # A query row past the last is loaded as q = grad = lse = delta = 0. So its P is 1, and it
+        # adds P * grad = 0 to dV; its dS is P * (0 - 0) = 0, and it adds nothing to dK.
         mask_m = offs_m < rows_m
         lse = tl.load(lse_ptr + m + offs_m, mask=mask_m, other=0.0)
         delta = tl.load(delta_ptr + m + offs_m, mask=mask_m, other=0.0)
-        # Transposed scores [BLOCK_N, BLOCK_M], so that neither product below has to transpose P.
+        # Scores are computed transposed, [BLOCK_N, BLOCK_M]: that is how P and dS enter the
+        # products for dV and dK, so no tile of either is transposed.
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         p = tl.exp2(s * qk_scale - lse[None, :])
         dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)

@@ -1,11 +1,9 @@
-"""Device code of ``resampler_attention``, forward. The formulas are in ``kernel.py``."""
+"""Device code of ``resampler_attention``, forward. The formulas are in ``launch.py``."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -43,8 +41,6 @@ def forward_kernel(
     q_ptr,  # [Nq, E]
     k_ptr,  # [crops, N, E]
     v_ptr,  # [crops, N, E]
-    key_scale_ptr,  # [crops, N] or None
-    score_bias_ptr,  # [heads, Nq, N] or None
     out_ptr,  # [crops, Nq, E]
     lse_ptr,  # [crops, heads, Nq], float32
     stride_qm,
@@ -52,9 +48,6 @@ def forward_kernel(
     stride_kn,
     stride_vc,
     stride_vn,
-    stride_sc,
-    stride_bh,
-    stride_bm,
     num_queries,
     num_tokens,
     num_heads,
@@ -66,11 +59,12 @@ def forward_kernel(
     MASK_N: tl.constexpr,  # False promises that BLOCK_N divides N
     PRECISION: tl.constexpr,
 ):
+    """Softmax of the scores, times the values, and lse. Grid: (query blocks * heads * crops,)."""
     # Query blocks vary fastest: those of one head and crop share its keys and values in L2.
     pid = tl.program_id(0)
     blocks_m = tl.cdiv(num_queries, BLOCK_M)
     start_m = (pid % blocks_m).to(tl.int64) * BLOCK_M
-    head = ((pid // blocks_m) % num_heads).to(tl.int64)
+    head = (pid // blocks_m) % num_heads
     crop = (pid // (blocks_m * num_heads)).to(tl.int64)
     width = num_heads * HEAD_DIM
     rows_m = num_queries - start_m
@@ -88,45 +82,21 @@ def forward_kernel(
     for start_n in range(0, num_tokens, BLOCK_N):
         n = tl.cast(start_n, tl.int64)
         rows_n = num_tokens - start_n
-        mask_n = offs_n < rows_n
         k = load_rows(k_ptr + n * stride_kn, stride_kn, rows_n, BLOCK_N, HEAD_DIM, BLOCK_D, MASK_N)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        if key_scale_ptr is not None:
-            key_scale = tl.load(key_scale_ptr + crop * stride_sc + n + offs_n, mask_n, other=0.0)
-            key_scale = key_scale.to(tl.float32)
-            s *= key_scale[None, :]
         if MASK_N:
-            s = tl.where(mask_n[None, :], s, float("-inf"))
-        if score_bias_ptr is None:
-            # The scale is positive, so it passes through the maximum: one FMA per score.
-            m_new = tl.maximum(m_i, tl.max(s, 1) * qk_scale)
-            p = tl.exp2(s * qk_scale - m_new[:, None])
-            alpha = tl.exp2(m_i - m_new)
-        else:
-            bias_ptrs = score_bias_ptr + head * stride_bh + start_m * stride_bm + n
-            bias_ptrs += offs_m[:, None] * stride_bm + offs_n[None, :]
-            mask = (offs_m[:, None] < rows_m) & mask_n[None, :]
-            bias = tl.load(bias_ptrs, mask, other=0.0).to(tl.float32)
-            s = s * qk_scale + bias * LOG2E
-            m_new = tl.maximum(m_i, tl.max(s, 1))
-            # While a bias of -inf has hidden every token so far, -inf - -inf would be NaN.
-            shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-            p = tl.exp2(s - shift[:, None])
-            alpha = tl.exp2(m_i - shift)
+            s = tl.where((offs_n < rows_n)[None, :], s, float("-inf"))
+        # qk_scale is positive, so the maximum of the scaled scores is the scaled maximum: scale
+        # and shift of a score are one FMA.
+        m_new = tl.maximum(m_i, tl.max(s, 1) * qk_scale)
+        p = tl.exp2(s * qk_scale - m_new[:, None])
+        alpha = tl.exp2(m_i - m_new)
         l_i = l_i * alpha + tl.sum(p, 1)
         v = load_rows(v_ptr + n * stride_vn, stride_vn, rows_n, BLOCK_N, HEAD_DIM, BLOCK_D, MASK_N)
-        if key_scale_ptr is not None:
-            if v.dtype == tl.float16:
-                # p * key_scale can leave float16's range where value * key_scale does not.
-                v = (v.to(tl.float32) * key_scale[:, None]).to(v.dtype)
-            else:
-                p *= key_scale[None, :]
         acc = acc * alpha[:, None]
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
         m_i = m_new
 
-    # A row whose every token is hidden by a bias of -inf gives zero, as torch's SDPA does.
-    l_i = tl.where(l_i == 0.0, 1.0, l_i)
     acc = acc / l_i[:, None]
     lse = m_i + tl.log2(l_i)
     out_ptr += (crop * num_queries + start_m) * width + head * HEAD_DIM

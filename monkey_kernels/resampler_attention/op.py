@@ -47,24 +47,21 @@ def _resampler_attention(
     key: Tensor,
     value: Tensor,
     num_heads: int,
-    key_scale: Tensor | None,
-    score_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The output and lse [crops, heads, Nq] in float32, for a backward by the Triton kernel.
 
-    lse is zero where nothing reads it: in inference (key_scale, score_bias), and where the kernel
-    cannot run. It does not depend on the backend chosen, since that can change before backward.
+    lse is zero where the kernel cannot run: nothing reads it there. Otherwise it is made whatever
+    the backend, since that can change before backward.
     """
     unsupported = _why_unsupported(query, num_heads)
     if backend.resolve("resampler_attention", query.device, unsupported) == "triton":
         from monkey_kernels.resampler_attention.launch import attention_forward
 
-        return attention_forward(query, key, value, num_heads, key_scale, score_bias)
+        return attention_forward(query, key, value, num_heads)
     # The dtypes are settled (see the public function): autocast must not narrow what is inside.
     with torch.autocast(query.device.type, enabled=False):
-        out = resampler_attention_reference(query, key, value, num_heads, key_scale, score_bias)
-        inference = key_scale is not None or score_bias is not None
-        if inference or unsupported or backend.why_not_triton("resampler_attention", query.device):
+        out = resampler_attention_reference(query, key, value, num_heads)
+        if unsupported or backend.why_not_triton("resampler_attention", query.device):
             lse = _empty_lse(query, key, num_heads).zero_()
         else:
             lse = log_sum_exp_reference(query, key, num_heads)
@@ -76,7 +73,7 @@ def _empty_lse(query: Tensor, key: Tensor, num_heads: int) -> Tensor:
 
 
 @_resampler_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, num_heads: int, *_: Any) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
     out = query.new_empty((key.shape[0], *query.shape))
     return out, _empty_lse(query, key, num_heads)
 
@@ -106,7 +103,7 @@ def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, ctx.num_heads, _key_scale, _score_bias = inputs
+    query, key, value, ctx.num_heads = inputs
     out, lse = output
     ctx.save_for_backward(query, key, value, out, lse)
     ctx.mark_non_differentiable(lse)
@@ -114,7 +111,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad: Tensor, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     gradients = _resampler_attention_backward(grad, *ctx.saved_tensors, ctx.num_heads)
-    return (*gradients, None, None, None)
+    return (*gradients, None)
 
 
 _resampler_attention.register_autograd(_backward, setup_context=_setup_context)
@@ -149,19 +146,11 @@ def _autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
-def resampler_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    num_heads: int,
-    key_scale: Tensor | None = None,
-    score_bias: Tensor | None = None,
-) -> Tensor:
+def resampler_attention(query: Tensor, key: Tensor, value: Tensor, *, num_heads: int) -> Tensor:
     """Cross-attention of learned queries, shared by all crops, over each crop's tokens.
 
-    ``softmax(q_h . k_h * key_scale[crop, n] / sqrt(d) + score_bias[h, q, n]) . (v_h * key_scale)``
-    for every head h of width d = E / num_heads, heads concatenated.
+    ``softmax(q_h . k_h^T / sqrt(d)) . v_h`` for every head h of width d = E / num_heads, heads
+    concatenated.
 
     Args:
         query: [Nq, E], projected. Shared by the crops: never repeated in memory.
@@ -171,10 +160,6 @@ def resampler_attention(
             float16, bfloat16 or float64.
         num_heads: number of heads; divides E. The Triton kernel takes a head width d that is a
             multiple of 8, up to 128, and no float64: backend ``"auto"`` runs others in torch.
-        key_scale: [crops, N], a factor on each key and value row (inference only). Its dtype is
-            any of the four: float32 loses nothing beside 16-bit keys.
-        score_bias: [num_heads, Nq, N], added to the scores of every crop (inference only). -inf
-            hides a token; a query row whose every token is hidden gives zero.
 
     Returns:
         [crops, Nq, E], contiguous, in the dtype of ``query``. Under ``torch.autocast`` query, key
@@ -182,9 +167,8 @@ def resampler_attention(
 
     Raises:
         TypeError: an argument that is no tensor, or a dtype that is not listed above.
-        ValueError: another rank, sizes, devices or dtypes that do not match, no token, num_heads
-            that does not divide E, or a gradient asked for together with, or through, key_scale
-            or score_bias.
+        ValueError: another rank, sizes, devices or dtypes that do not match, no token, or num_heads
+            that does not divide E.
         RuntimeError: the backend ``"triton"`` was requested and cannot run.
 
     Numerics:
@@ -213,23 +197,5 @@ def resampler_attention(
     query, key, value = _autocast(query), _autocast(key), _autocast(value)
     for name, x in (("key", key), ("value", value)):
         check_same(name, x.dtype, "query", query.dtype, "dtype")
-    extras = (
-        ("key_scale", key_scale, list(key.shape[:2]), "[crops, N]"),
-        ("score_bias", score_bias, [num_heads, query.shape[0], key.shape[1]], "[heads, Nq, N]"),
-    )
-    for name, extra, shape, layout in extras:
-        if extra is None:
-            continue
-        check_tensor(name, extra, len(shape), layout)
-        check_dtype(name, extra.dtype, DTYPES)
-        check_same(name, extra.device, "query", query.device, "device")
-        if list(extra.shape) != shape:
-            raise ValueError(f"{name} must be {layout} = {shape}; got {list(extra.shape)}")
-        needs_grad = any(x.requires_grad for x in (query, key, value, extra))
-        if torch.is_grad_enabled() and needs_grad:
-            raise ValueError(
-                f"{name} is for inference: neither it nor query, key or value may require a "
-                "gradient; detach them, or run under torch.no_grad()"
-            )
-    out, _lse = _resampler_attention(query, key, value, num_heads, key_scale, score_bias)
+    out, _lse = _resampler_attention(query, key, value, num_heads)
     return out

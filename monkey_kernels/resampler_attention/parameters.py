@@ -1,4 +1,4 @@
-"""Launch parameters of the kernels in ``kernel.py``, and why they are what they are."""
+"""Launch parameters of the kernels of ``resampler_attention``, each with its reason."""
 
 from __future__ import annotations
 
@@ -51,17 +51,12 @@ class Tile:
 _CUDA = {
     # Two programs fit on an SM, so that the softmax of one overlaps the products of the other.
     "forward": Tile(block_m=64, block_n=64, num_warps=4, num_stages=2),
-    "forward_extras": Tile(block_m=64, block_n=64, num_warps=4, num_stages=2),
-    # Rows of a bias whose length no tile divides start anywhere: each element has its own address.
-    "forward_extras_tail": Tile(block_m=64, block_n=32, num_warps=8, num_stages=2),
     # Scores and their gradient live beside the accumulator: at [128, 64] sm_80 and sm_100 spill.
     "grad_query": Tile(block_m=64, block_n=64, num_warps=8, num_stages=2),
     # Two accumulators beside both: at [64, 128] sm_80 and sm_90 spill.
     "grad_key_value": Tile(block_m=64, block_n=64, num_warps=8, num_stages=2),
     # float32 tiles are split into a high and a low half in registers: these are what fits.
     "forward_float32": Tile(block_m=16, block_n=64, num_warps=8, num_stages=1),
-    "forward_extras_float32": Tile(block_m=16, block_n=32, num_warps=4, num_stages=1),
-    "forward_extras_tail_float32": Tile(block_m=16, block_n=32, num_warps=4, num_stages=1),
     "grad_query_float32": Tile(block_m=16, block_n=64, num_warps=8, num_stages=1),
     "grad_key_value_float32": Tile(block_m=16, block_n=16, num_warps=4, num_stages=1),
 }

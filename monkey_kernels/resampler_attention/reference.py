@@ -24,42 +24,18 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _scale_rows(x: Tensor, key_scale: Tensor) -> Tensor:
-    """``x * key_scale``, rounded once. ``x`` is [crops, N, E] and ``key_scale`` [crops, N]."""
-    wide = accumulation_dtype(x.dtype)
-    if x.dtype == wide:
-        return x * key_scale.unsqueeze(-1).to(wide)
-    # One crop at a time: a product of mixed dtypes over the whole batch takes 3x as long on a CPU.
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    for rows, scale, rows_out in zip(x, key_scale, out, strict=True):
-        rows_out.copy_(rows.to(wide) * scale.unsqueeze(-1).to(wide))
-    return out
-
-
 def resampler_attention_reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    num_heads: int,
-    key_scale: Tensor | None = None,
-    score_bias: Tensor | None = None,
+    query: Tensor, key: Tensor, value: Tensor, num_heads: int
 ) -> Tensor:
     """:func:`monkey_kernels.resampler_attention` without checks: SDPA over views.
 
     The query is expanded over the crops with stride 0, so it is never repeated in memory.
     """
-    if key_scale is not None:
-        key, value = _scale_rows(key, key_scale), _scale_rows(value, key_scale)
-    if score_bias is not None:
-        # With its crop dimension: SDPA runs a mask of three dimensions on its slow path, which on
-        # a CPU takes 6x as long at 5 crops, 32 heads, 256 queries and 1024 tokens.
-        score_bias = score_bias.to(query.dtype).unsqueeze(0)
     crops = key.shape[0]
     out = F.scaled_dot_product_attention(
         split_heads(query, num_heads).expand(crops, -1, -1, -1),
         split_heads(key, num_heads),
         split_heads(value, num_heads),
-        attn_mask=score_bias,
     )
     return out.transpose(1, 2).flatten(2)
 
@@ -79,7 +55,7 @@ def log_sum_exp_reference(query: Tensor, key: Tensor, num_heads: int) -> Tensor:
 def resampler_attention_backward_reference(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, num_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, by the formulas in ``kernel.py``.
+    """Gradients of query, key and value, by the formulas in ``launch.py``.
 
     The largest temporaries are [HEADS_AT_ONCE, Nq, N], and the gradient of the query adds the
     crops in their order. Everything is float32 (float64 for float64) until the results are

@@ -9,22 +9,10 @@ import torch
 from torch import Tensor
 
 
-def explicit(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    num_heads: int,
-    key_scale: Tensor | None = None,
-    score_bias: Tensor | None = None,
-) -> Tensor:
+def explicit(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
     """The formula of the op, term by term, in the dtype of its arguments."""
     q, k, v = (x.unflatten(-1, (num_heads, -1)) for x in (query, key, value))
     scores = torch.einsum("qhd,cnhd->chqn", q, k) / math.sqrt(q.shape[-1])
-    if key_scale is not None:
-        scores = scores * key_scale[:, None, None, :]
-        v = v * key_scale[:, :, None, None]
-    if score_bias is not None:
-        scores = scores + score_bias
     return torch.einsum("chqn,cnhd->cqhd", torch.softmax(scores, -1), v).flatten(2)
 
 

@@ -43,29 +43,6 @@ def test_against_float64(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         check_error(name, a, b, c, cancelled if name in ("grad query", "grad key") else 0.0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("used", ["key_scale", "score_bias", "both"])
-def test_inference_extras(used: str, dtype: torch.dtype) -> None:
-    query, key, value, _ = make_inputs(3, 2, 5, 70, 16, dtype)
-    scale = torch.rand(3, 70) + 0.1
-    bias = torch.randn(2, 5, 70)
-    extras = {
-        "key_scale": None if used == "score_bias" else scale,
-        "score_bias": None if used == "key_scale" else bias,
-    }
-    ours = resampler_attention(query, key, value, num_heads=2, **extras)
-    # Plain torch: the scaled copies of key and value, and SDPA with a mask.
-    factor = 1 if used == "score_bias" else scale.to(dtype)[..., None]
-    mask = None if used == "key_scale" else bias.to(dtype)
-    q, k, v = (x.unflatten(-1, (2, -1)).transpose(-3, -2) for x in (query, key * factor, value))
-    v = (value * factor).unflatten(-1, (2, -1)).transpose(-3, -2)
-    q = q.expand(3, -1, -1, -1)
-    plain = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    wide = {name: None if x is None else x.double() for name, x in extras.items()}
-    exact = explicit(query.double(), key.double(), value.double(), 2, **wide)
-    check_error(f"out with {used}", ours, plain.transpose(1, 2).flatten(2), exact)
-
-
 def test_equals_multihead_attention_and_its_gradients() -> None:
     """Through nn.MultiheadAttention's own projections, for every parameter and input."""
     torch.manual_seed(0)
@@ -151,10 +128,8 @@ def test_empty(shape: tuple[int, ...]) -> None:
 def test_opcheck(dtype: torch.dtype) -> None:
     query, key, value, grad = make_inputs(2, 2, 5, 7, 8, dtype)
     arguments = [x.clone().requires_grad_() for x in (query, key, value)]
-    torch.library.opcheck(forward_op.default, (*arguments, 2, None, None))
-    extras = (torch.rand(2, 7), torch.rand(2, 5, 7))
-    torch.library.opcheck(forward_op.default, (query, key, value, 2, *extras))
-    out, lse = forward_op(query, key, value, 2, None, None)
+    torch.library.opcheck(forward_op.default, (*arguments, 2))
+    out, lse = forward_op(query, key, value, 2)
     torch.library.opcheck(backward_op.default, (grad, query, key, value, out, lse, 2))
 
 
@@ -167,13 +142,6 @@ def test_compile_without_a_graph_break() -> None:
         strict=True,
     ):
         torch.testing.assert_close(a, b)
-    arguments = [*inputs[:3], torch.rand(2, 7), torch.rand(2, 5, 7)]
-
-    def folded(query: Tensor, key: Tensor, value: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-        return resampler_attention(query, key, value, num_heads=2, key_scale=scale, score_bias=bias)
-
-    compiled = torch.compile(folded, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*arguments), folded(*arguments))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.compile(attend(2), fullgraph=True)(*inputs[:3]).dtype == torch.bfloat16
 
@@ -227,7 +195,6 @@ def test_meta_tensors() -> None:
 
 
 QUERY, KEY = torch.zeros(5, 16), torch.zeros(2, 7, 16)
-SCALE, BIAS = torch.ones(2, 7), torch.zeros(2, 5, 7)
 
 
 @pytest.mark.parametrize(
@@ -252,35 +219,12 @@ SCALE, BIAS = torch.ones(2, 7), torch.zeros(2, 5, 7)
         ({"value": KEY.double()}, ValueError, "value must have the dtype of query"),
         ({"key": KEY.to("meta")}, ValueError, "key must have the device of query, cpu; got meta"),
         ({"value": KEY.to("meta")}, ValueError, "value must have the device of query"),
-        ({"key_scale": 2.0}, TypeError, r"key_scale must be a tensor \[crops, N\]; got float"),
-        ({"key_scale": BIAS}, ValueError, "key_scale must have 2 dimensions"),
-        ({"key_scale": SCALE[:, :5]}, ValueError, r"key_scale must be \[crops, N\] = \[2, 7\]"),
-        ({"key_scale": SCALE.int()}, TypeError, "key_scale must be one of .*; got torch.int32"),
-        ({"key_scale": SCALE.to("meta")}, ValueError, "key_scale must have the device of query"),
-        ({"score_bias": SCALE}, ValueError, "score_bias must have 3 dimensions"),
-        ({"score_bias": BIAS[:, :4]}, ValueError, r"score_bias must be \[heads, Nq, N\] = \[2, 5"),
-        ({"score_bias": BIAS.long()}, TypeError, "score_bias must be one of"),
-        ({"score_bias": BIAS.to("meta")}, ValueError, "score_bias must have the device of query"),
-        ({"key_scale": SCALE.clone().requires_grad_()}, ValueError, "key_scale is for inference"),
-        ({"score_bias": BIAS.clone().requires_grad_()}, ValueError, "score_bias is for inference"),
-        (
-            {"query": QUERY.clone().requires_grad_(), "key_scale": SCALE},
-            ValueError,
-            "neither it nor query, key or value may require a gradient",
-        ),
     ],
 )
 def test_bad_arguments(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     arguments: dict[str, Any] = {"query": QUERY, "key": KEY, "value": KEY, "num_heads": 2}
     with pytest.raises(error, match=message):
         resampler_attention(**{**arguments, **changes})
-
-
-def test_extras_that_require_gradients_are_taken_without_grad_mode() -> None:
-    scale = SCALE.clone().requires_grad_()
-    for mode in (torch.no_grad, torch.inference_mode):
-        with mode():
-            resampler_attention(QUERY, KEY, KEY, num_heads=2, key_scale=scale)
 
 
 @pytest.mark.parametrize(

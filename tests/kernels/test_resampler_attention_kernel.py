@@ -42,11 +42,11 @@ SHAPES = [
 NAMES = ("out", "grad query", "grad key", "grad value")
 
 
-def run_kernel(inputs: list[Tensor], heads: int, **extras: Tensor) -> list[Tensor]:
+def run_kernel(inputs: list[Tensor], heads: int) -> list[Tensor]:
     """The op by its kernel, every output and scratch buffer of which starts as NaN."""
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return resampler_attention(query, key, value, num_heads=heads, **extras)
+        return resampler_attention(query, key, value, num_heads=heads)
 
     with use_backend("triton"), nan_filled():
         return with_gradients(attention, inputs, inputs[0].dtype)
@@ -83,61 +83,12 @@ def test_output_and_gradients_at_the_real_shape(crops: int, dtype: torch.dtype) 
     check_all(run_kernel(inputs, 32), inputs, 32)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("used", ["key_scale", "score_bias", "both"])
-@pytest.mark.parametrize("shape", [(3, 2, 17, 70, 104), (1, 1, 1, 1, 64), (2, 1, 64, 64, 128)])
-def test_inference_extras(shape: tuple[int, ...], used: str, dtype: torch.dtype) -> None:
-    crops, heads, queries, tokens, _ = shape
-    query, key, value, _ = make_inputs(*shape, dtype, DEVICE)
-    generator = torch.Generator().manual_seed(1)
-    # Factors over four orders of magnitude, as 1 / s has; one row of each crop is scaled to zero.
-    scale = torch.exp(3 * torch.randn(crops, tokens, generator=generator)).to(DEVICE)
-    scale[:, tokens // 2] = 0
-    key, value = ((x / (scale[..., None] + 1e-3)).to(dtype) for x in (key, value))
-    bias = torch.randn(heads, queries, tokens, generator=generator).to(DEVICE)
-    extras = {
-        "key_scale": None if used == "score_bias" else scale,
-        "score_bias": None if used == "key_scale" else bias,
-    }
-    with use_backend("triton"), nan_filled(), torch.no_grad():
-        ours = resampler_attention(query, key, value, num_heads=heads, **extras)
-    plain = resampler_attention_reference(query, key, value, heads, **extras)
-    wide = {name: None if x is None else x.double() for name, x in extras.items()}
-    exact = explicit(query.double(), key.double(), value.double(), heads, **wide)
-    check_error(f"out with {used}", ours, plain, exact)
-
-
-def test_extras_of_any_float_dtype_and_stride() -> None:
-    query, key, value, _ = make_inputs(2, 2, 9, 20, 16, torch.float32, DEVICE)
-    scale = torch.rand(20, 2, dtype=torch.float64, device=DEVICE).T
-    bias = torch.randn(2, 20, 9, dtype=torch.float16, device=DEVICE).mT
-    with use_backend("triton"):
-        ours = resampler_attention(query, key, value, num_heads=2, key_scale=scale, score_bias=bias)
-    exact = explicit(query.double(), key.double(), value.double(), 2, scale, bias.double())
-    torch.testing.assert_close(ours, exact.float(), rtol=1e-5, atol=1e-5)
-
-
-def test_bias_hides_tokens() -> None:
-    """-inf over a whole first tile, over the rest, and over a whole row."""
-    query, key, value, _ = make_inputs(2, 1, 4, 150, 16, torch.float32, DEVICE)
-    bias = torch.zeros(1, 4, 150, device=DEVICE)
-    bias[0, 0, :140] = -torch.inf
-    bias[0, 1, 1:] = -torch.inf
-    bias[0, 2] = -torch.inf
-    with use_backend("triton"), nan_filled():
-        ours = resampler_attention(query, key, value, num_heads=1, score_bias=bias)
-    assert ours[:, 2].abs().max() == 0  # as SDPA: nothing to attend to gives zero
-    exact = explicit(query.double(), key.double(), value.double(), 1, None, bias.double())
-    rows = [0, 1, 3]
-    torch.testing.assert_close(ours[:, rows], exact[:, rows].float(), rtol=1e-5, atol=1e-5)
-
-
 def test_lse_is_that_of_the_scores() -> None:
     query, key, value, _ = make_inputs(3, 2, 17, 70, 16, torch.float32, DEVICE)
     with use_backend("triton"), nan_filled():
-        _, lse = op(query, key, value, 2, None, None)
+        _, lse = op(query, key, value, 2)
     with use_backend("torch"):
-        _, torch_lse = op(query, key, value, 2, None, None)
+        _, torch_lse = op(query, key, value, 2)
     expected = log_sum_exp_reference(query.double(), key.double(), 2)
     torch.testing.assert_close(lse, expected)
     torch.testing.assert_close(torch_lse, expected)
