@@ -144,8 +144,6 @@ def tasks() -> Iterator[Task]:
     yield from _attention_tasks(torch.bfloat16, ["forward", "grad_key_value", "grad_query"])
     yield from _crop_tasks()
     yield from _attention_tasks(torch.float32, ["forward", "grad_key_value", "grad_query"])
-    for dtype in (torch.bfloat16, torch.float32):
-        yield from _attention_tasks(dtype, ["forward_extras", "forward_extras_tail"])
 
 
 def _attention_tasks(dtype: torch.dtype, names: Sequence[str]) -> Iterator[Task]:
@@ -160,15 +158,10 @@ def _attention_tasks(dtype: torch.dtype, names: Sequence[str]) -> Iterator[Task]
         return torch.randn(shape, device=DEVICE, dtype=dtype)
 
     for name in names:
-        length = tokens - 1 if name.endswith("tail") else tokens
-        extras: dict[str, Tensor] = {}
-        if "extras" in name:
-            extras = {"key_scale": torch.rand(crops, length, device=DEVICE)}
-            extras["score_bias"] = make(heads, queries, length)
-        inputs = [make(queries, width), make(crops, length, width), make(crops, length, width)]
+        inputs = [make(queries, width), make(crops, tokens, width), make(crops, tokens, width)]
         backward = name.startswith("grad")
         tensors = [x.requires_grad_(backward) for x in inputs]
-        run = partial(resampler_attention, *tensors, num_heads=heads, **extras)
+        run = partial(resampler_attention, *tensors, num_heads=heads)
         if backward:
             run = partial(_gradients, run(), tensors, make(crops, queries, width))
         full = f"{name}_float32" if dtype == torch.float32 else name
@@ -183,7 +176,7 @@ def _gradients(out: Tensor, inputs: Sequence[Tensor], out_grad: Tensor) -> Tenso
 
 
 def _crop_tasks() -> Iterator[Task]:
-    from monkey_kernels.crops import launch
+    from monkey_kernels.crops import parameters
 
     size = PHOTO_SIZES["4000x3000"] if SCALE == "real" else (40, 50)
     image = photo(*size).to(DEVICE)
@@ -198,11 +191,10 @@ def _crop_tasks() -> Iterator[Task]:
     def task(name: str, default: Any, space: dict[str, list[int]], picture: Tensor) -> Task:
         return Task(name, default, space, partial(cut, picture), 5e-3)
 
-    for name, default in launch.UINT8_PASSES.items():
-        yield task(name, default, _FILTERS, image)
-    yield task("cut", launch.CUT, _CUTS, image)
-    for name, default in launch.FLOAT_PASSES.items():
-        yield task(name, default, _FILTERS, floats)
+    yield task("extract_crops_cut", parameters.CUT, _CUTS, image)
+    for name, default in parameters.FILTERS.items():
+        picture = floats if name.endswith("float32") else image
+        yield task(f"extract_crops_{name}", default, _FILTERS, picture)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,9 +2,8 @@
 
 ``python -m monkey_kernels.aot`` compiles each kernel in each shipped launch configuration for each
 target and prints its registers, stack, local memory traffic (spills), shared memory and tensor
-core instructions. It exits with 1 if one does not compile, if a configuration that the tuning
-table can pick uses stack or local memory, or if a kernel built on ``tl.dot`` got no tensor core
-instruction.
+core instructions. It exits with 1 if one does not compile, uses stack or local memory, or is built
+on ``tl.dot`` and got no tensor core instruction.
 
 Triton's interpreter replaces ``@triton.jit`` for a whole process, so this runs without it.
 """
@@ -45,7 +44,6 @@ class AotCase:
     num_warps: int
     num_stages: int
     expects_dot: bool  #: a ``tl.dot`` in it must become tensor core instructions
-    chosen: bool  #: the tuning table can pick it: no stack or local memory allowed
     options: dict[str, Any] = field(default_factory=dict)  #: further launch options
     targets: tuple[str, ...] = TARGETS  #: what it is for
 
@@ -57,7 +55,6 @@ class Result:
     op: str
     name: str
     target: str
-    chosen: bool
     registers: int = 0  #: per thread (vector registers on AMD)
     stack: int = 0  #: bytes per thread
     local: int = 0  #: loads and stores of local memory; spilled vector registers on AMD
@@ -67,8 +64,8 @@ class Result:
 
 
 def cases(op: str) -> list[AotCase]:
-    """The cases of one op, from its kernel module."""
-    return importlib.import_module(backend.TRITON_KERNELS[op]).aot_cases()
+    """The cases of one op, from the module ``aot_cases`` of its package."""
+    return importlib.import_module(f"{backend.OPS[op]}.aot_cases").aot_cases()
 
 
 def compile_case(case: AotCase, target: str, op: str = "") -> Result:
@@ -76,7 +73,7 @@ def compile_case(case: AotCase, target: str, op: str = "") -> Result:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    result = Result(op, case.name, target, case.chosen)
+    result = Result(op, case.name, target)
     if target.startswith("gfx"):
         gpu, machine = GPUTarget("hip", target, 64), "amdgcn"
     else:
@@ -101,7 +98,7 @@ def compile_case(case: AotCase, target: str, op: str = "") -> Result:
         _read_cubin(result, compiled.asm["cubin"])
     else:
         _read_amdgcn(result, compiled.asm["amdgcn"])
-    if case.chosen and (result.stack or result.local):
+    if result.stack or result.local:
         result.problem = "spills registers to memory"
     elif case.expects_dot and not result.tensor:
         result.problem = "no tensor core instruction"
@@ -174,14 +171,14 @@ def table(results: Sequence[Result]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m monkey_kernels.aot", description=__doc__)
-    parser.add_argument("--ops", nargs="+", choices=backend.TRITON_KERNELS, metavar="OP")
+    parser.add_argument("--ops", nargs="+", choices=backend.OPS, metavar="OP")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here, too")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
     options = parser.parse_args(arguments)
     if backend.interpreting():
         parser.error("Triton's interpreter is on: unset TRITON_INTERPRET")
-    results = run(options.ops or list(backend.TRITON_KERNELS), options.targets, options.workers)
+    results = run(options.ops or list(backend.OPS), options.targets, options.workers)
     print(table(results))
     if options.json:
         options.json.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")

@@ -22,12 +22,11 @@ NAMES = ("auto", "triton", "torch")
 # Tensor cores with bf16, which the kernels' dot products are written for, begin at Ampere.
 _MIN_CUDA_CAPABILITY = (8, 0)
 
-# The ops that have a Triton kernel, and the module that holds it.
-TRITON_KERNELS: dict[str, str] = {
-    "extract_crops": "monkey_kernels.crops.launch",
-    "resampler_attention": "monkey_kernels.resampler_attention.launch",
+# The ops, each with its package.
+OPS: dict[str, str] = {
+    "extract_crops": "monkey_kernels.crops",
+    "resampler_attention": "monkey_kernels.resampler_attention",
 }
-OPS = ("extract_crops", "resampler_attention")
 
 # Process-wide overrides, not a context variable: autograd runs backward on threads of its
 # own, which would not see a context variable of the caller.
@@ -84,8 +83,6 @@ def interpreting() -> bool:
 
 def why_not_triton(op: str, device: torch.device) -> str | None:
     """Why the Triton kernel of ``op`` cannot run on ``device``; None where it can."""
-    if op not in TRITON_KERNELS:
-        return f"{op} has no Triton kernel"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if device.type == "cpu":

@@ -12,12 +12,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from monkey_kernels.crops.plan import IMAGE_FIELDS
-from monkey_kernels.crops.reference import PATCH_COLUMNS, PATCH_SIZE
-
-_PATCH_SIZE = tl.constexpr(PATCH_SIZE)
-_PATCH_COLUMNS = tl.constexpr(PATCH_COLUMNS)
-_IMAGE_FIELDS = tl.constexpr(IMAGE_FIELDS)
+from monkey_kernels.crops.table import (
+    IMAGE_FIELDS,
+    TARGET_HEIGHT,
+    TARGET_LEFT,
+    TARGET_TOP,
+    TARGET_WIDTH,
+)
 
 
 @triton.jit
@@ -62,52 +63,40 @@ def _sample(
 def cut_kernel(
     canvas_ptr,  # [B, 3, ROWS * CROP_SIZE, COLUMNS * CROP_SIZE] uint8 or float32
     images_ptr,  # [B, IMAGE_FIELDS] int64
-    out_ptr,  # [B * (ROWS * COLUMNS + 1), VALUES]
+    out_ptr,  # [B * (ROWS * COLUMNS + 1), 3, CROP_SIZE, CROP_SIZE]
     blocks,  # per crop
     scale_0, scale_1, scale_2,  # normalised = canvas * scale + shift
     shift_0, shift_1, shift_2,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     CROP_SIZE: tl.constexpr,
-    VALUES: tl.constexpr,  # of a crop
     BICUBIC: tl.constexpr,
-    PATCHES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Stages 2 and 3, canvas to normalised local crops and global crop. Grid: (crops * blocks,)."""
     LOCAL: tl.constexpr = ROWS * COLUMNS
     HEIGHT: tl.constexpr = ROWS * CROP_SIZE
     WIDTH: tl.constexpr = COLUMNS * CROP_SIZE
+    VALUES: tl.constexpr = 3 * CROP_SIZE * CROP_SIZE
     crop = tl.program_id(0) // blocks
     b = (crop // (LOCAL + 1)).to(tl.int64)
     index = crop % (LOCAL + 1)
-    image_ptr = images_ptr + b * _IMAGE_FIELDS
-    box_top = tl.load(image_ptr + 9).to(tl.int32)
-    box_left = tl.load(image_ptr + 10).to(tl.int32)
-    box_height = tl.load(image_ptr + 11).to(tl.int32)
-    box_width = tl.load(image_ptr + 12).to(tl.int32)
+    image_ptr = images_ptr + b * IMAGE_FIELDS
+    box_top = tl.load(image_ptr + TARGET_TOP).to(tl.int32)
+    box_left = tl.load(image_ptr + TARGET_LEFT).to(tl.int32)
+    box_height = tl.load(image_ptr + TARGET_HEIGHT).to(tl.int32)
+    box_width = tl.load(image_ptr + TARGET_WIDTH).to(tl.int32)
 
     offs = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < VALUES
-    if PATCHES:  # [patch row, patch column, (channel, y, x)]
-        AREA: tl.constexpr = _PATCH_SIZE * _PATCH_SIZE
-        ACROSS: tl.constexpr = CROP_SIZE // _PATCH_SIZE
-        patch = offs // _PATCH_COLUMNS
-        within = offs % _PATCH_COLUMNS
-        channel = within // AREA
-        y = (patch // ACROSS) * _PATCH_SIZE + within % AREA // _PATCH_SIZE
-        x = (patch % ACROSS) * _PATCH_SIZE + within % _PATCH_SIZE
-        live = mask & (channel < 3)
-    else:  # [channel, y, x]
-        channel = offs // (CROP_SIZE * CROP_SIZE)
-        y = offs // CROP_SIZE % CROP_SIZE
-        x = offs % CROP_SIZE
-        live = mask
+    channel = offs // (CROP_SIZE * CROP_SIZE)
+    y = offs // CROP_SIZE % CROP_SIZE
+    x = offs % CROP_SIZE
     plane_ptr = canvas_ptr + (b * 3 + channel) * HEIGHT * WIDTH
     if index < LOCAL:
         value, inside = _sample(
             plane_ptr, y + (index // COLUMNS) * CROP_SIZE, x + (index % COLUMNS) * CROP_SIZE,
-            box_top, box_left, box_height, box_width, HEIGHT, WIDTH, live, 1, 1,
+            box_top, box_left, box_height, box_width, HEIGHT, WIDTH, mask, 1, 1,
         )  # fmt: skip
     else:
         # Output centres lie at (y + 1/2) * ROWS - 1/2: on a pixel, or halfway between two.
@@ -118,7 +107,7 @@ def cut_kernel(
         FIRST_X: tl.constexpr = COLUMNS // 2 - TAPS_X // 2
         value, inside = _sample(
             plane_ptr, y * ROWS + FIRST_Y, x * COLUMNS + FIRST_X,
-            box_top, box_left, box_height, box_width, HEIGHT, WIDTH, live, TAPS_Y, TAPS_X,
+            box_top, box_left, box_height, box_width, HEIGHT, WIDTH, mask, TAPS_Y, TAPS_X,
         )  # fmt: skip
     scale = tl.where(channel == 0, scale_0, tl.where(channel == 1, scale_1, scale_2))
     shift = tl.where(channel == 0, shift_0, tl.where(channel == 1, shift_1, shift_2))

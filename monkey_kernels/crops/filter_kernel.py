@@ -22,8 +22,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from monkey_kernels.crops.plan import AXIS_FIELDS, IMAGE_FIELDS
 from monkey_kernels.crops.reference import WEIGHT_BITS
+from monkey_kernels.crops.table import (
+    AXIS_FIELDS,
+    FIRST_AXIS,
+    FIRSTS_OFFSET,
+    IMAGE_ADDRESS,
+    IMAGE_FIELDS,
+    IN_SIZE,
+    LINES,
+    OUT_SIZE,
+    SCRATCH_OFFSET,
+    SECOND_AXIS,
+    STRIDE_C,
+    STRIDE_K,
+    STRIDE_M,
+    TAPS,
+    TARGET_LEFT,
+    TARGET_TOP,
+    VERTICAL_FIRST,
+    WEIGHTS_OFFSET,
+)
 
 _WEIGHT_BITS = tl.constexpr(WEIGHT_BITS)
 _WEIGHT_ONE = tl.constexpr(1 << WEIGHT_BITS)
@@ -31,8 +50,6 @@ _WEIGHT_HALF = tl.constexpr(1 << (WEIGHT_BITS - 1))
 _PIECE_BITS = tl.constexpr(12)
 _PIECE_HALF = tl.constexpr(1 << 11)
 _FAR = tl.constexpr(1 << 30)
-_IMAGE_FIELDS = tl.constexpr(IMAGE_FIELDS)
-_AXIS_FIELDS = tl.constexpr(AXIS_FIELDS)
 
 
 @triton.jit
@@ -59,10 +76,10 @@ def taps_kernel(
     BLOCK_TAPS: tl.constexpr,
 ):
     """Filters of all axes. Grid: (blocks of outputs, axes)."""
-    axis_ptr = axes_ptr + tl.program_id(1) * _AXIS_FIELDS
-    in_size = tl.load(axis_ptr).to(tl.int32)
-    out_size = tl.load(axis_ptr + 1).to(tl.int32)
-    taps = tl.load(axis_ptr + 2).to(tl.int32)
+    axis_ptr = axes_ptr + tl.program_id(1) * AXIS_FIELDS
+    in_size = tl.load(axis_ptr + IN_SIZE).to(tl.int32)
+    out_size = tl.load(axis_ptr + OUT_SIZE).to(tl.int32)
+    taps = tl.load(axis_ptr + TAPS).to(tl.int32)
     offs_out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     mask_out = offs_out < out_size
     offs_out = tl.minimum(offs_out, out_size - 1)  # past the end, weights would be 0 / 0
@@ -74,7 +91,7 @@ def taps_kernel(
     centre = (offs_out.to(tl.float64) + 0.5) * scale
     first = tl.maximum(centre - support + 0.5, 0.0).to(tl.int32)
     end = tl.minimum((centre + support + 0.5).to(tl.int32), in_size)
-    tl.store(first_ptr + tl.load(axis_ptr + 3) + offs_out, first, mask_out)
+    tl.store(first_ptr + tl.load(axis_ptr + FIRSTS_OFFSET) + offs_out, first, mask_out)
 
     total = tl.zeros([BLOCK_OUT], tl.float64)
     for t in range(0, taps, BLOCK_TAPS):
@@ -82,7 +99,9 @@ def taps_kernel(
         value = _filter_value(tap, centre[:, None], stretch, end[:, None], RADIUS == 2)
         total += tl.sum(value, 1)
     PIECES: tl.constexpr = 1 if IS_FLOAT else 2
-    row_ptr = weights_ptr + PIECES * (tl.load(axis_ptr + 4) + offs_out.to(tl.int64) * taps)
+    row_ptr = weights_ptr + PIECES * (
+        tl.load(axis_ptr + WEIGHTS_OFFSET) + offs_out.to(tl.int64) * taps
+    )
     for t in range(0, taps, BLOCK_TAPS):
         offs_t = t + tl.arange(0, BLOCK_TAPS)
         mask = mask_out[:, None] & (offs_t < taps)[None, :]
@@ -203,10 +222,10 @@ def _filter_tile(
     BLOCK_K: tl.constexpr,
 ):
     """One tile [BLOCK_M, BLOCK_N] of each channel of x . W^T, W the banded filter of one axis."""
-    in_size = tl.load(axis_ptr).to(tl.int32)
-    out_size = tl.load(axis_ptr + 1).to(tl.int32)
-    taps = tl.load(axis_ptr + 2).to(tl.int32)
-    first_ptr += tl.load(axis_ptr + 3)
+    in_size = tl.load(axis_ptr + IN_SIZE).to(tl.int32)
+    out_size = tl.load(axis_ptr + OUT_SIZE).to(tl.int32)
+    taps = tl.load(axis_ptr + TAPS).to(tl.int32)
+    first_ptr += tl.load(axis_ptr + FIRSTS_OFFSET)
     across = tl.cdiv(out_size, BLOCK_N)
     n = (tile % across) * BLOCK_N
     m = (tile // across) * BLOCK_M
@@ -215,7 +234,9 @@ def _filter_tile(
         # Each output of uint8 images twice, next to each other: for the two pieces of its weights.
         PIECES: tl.constexpr = 1 if SOURCE == "float" else 2
         offs_n = n * PIECES + tl.arange(0, BLOCK_N * PIECES)
-        n_ptr = weights_ptr + PIECES * tl.load(axis_ptr + 4) + offs_n.to(tl.int64) * taps
+        n_ptr = (
+            weights_ptr + PIECES * tl.load(axis_ptr + WEIGHTS_OFFSET) + offs_n.to(tl.int64) * taps
+        )
         # Past the last output, a first tap beyond any input: its weights are 0.
         first = tl.load(first_ptr + offs_n // PIECES, offs_n // PIECES < out_size, other=_FAR)
         k_start = tl.load(first_ptr + n)
@@ -300,18 +321,18 @@ def first_pass_kernel(
 ):
     """Image to scratch. Grid: (images * tiles,)."""
     SOURCE: tl.constexpr = "float" if IMAGE_DTYPE.is_floating() else "pixels"
-    image_ptr = images_ptr + tl.program_id(0) // tiles * _IMAGE_FIELDS
+    image_ptr = images_ptr + tl.program_id(0) // tiles * IMAGE_FIELDS
     tile = tl.program_id(0) % tiles
-    x_ptr = tl.load(image_ptr).to(tl.pointer_type(IMAGE_DTYPE))
-    stride_m = tl.load(image_ptr + 1)
-    stride_k = tl.load(image_ptr + 2)
-    stride_c = tl.load(image_ptr + 3)
-    lines = tl.load(image_ptr + 4).to(tl.int32)
-    axis_ptr = axes_ptr + tl.load(image_ptr + 5) * _AXIS_FIELDS
+    x_ptr = tl.load(image_ptr + IMAGE_ADDRESS).to(tl.pointer_type(IMAGE_DTYPE))
+    stride_m = tl.load(image_ptr + STRIDE_M)
+    stride_k = tl.load(image_ptr + STRIDE_K)
+    stride_c = tl.load(image_ptr + STRIDE_C)
+    lines = tl.load(image_ptr + LINES).to(tl.int32)
+    axis_ptr = axes_ptr + tl.load(image_ptr + FIRST_AXIS) * AXIS_FIELDS
     padded = _scratch_stride(lines)
-    plane = tl.load(axis_ptr + 1) * padded
-    out_ptr = scratch_ptr + tl.multiple_of(tl.load(image_ptr + 8), 16)
-    if tl.load(image_ptr + 7) == 0:  # the horizontal pass first
+    plane = tl.load(axis_ptr + OUT_SIZE) * padded
+    out_ptr = scratch_ptr + tl.multiple_of(tl.load(image_ptr + SCRATCH_OFFSET), 16)
+    if tl.load(image_ptr + VERTICAL_FIRST) == 0:  # the horizontal pass first
         _filter_tile(
             x_ptr, stride_c, stride_m, stride_k, lines, axis_ptr, first_ptr, weights_ptr,
             out_ptr, plane, 1, padded, padded, tile,
@@ -343,16 +364,18 @@ def second_pass_kernel(
     """Scratch to canvas. Grid: (images * tiles,)."""
     SOURCE: tl.constexpr = "float" if scratch_ptr.dtype.element_ty.is_floating() else "planes"
     image = tl.program_id(0) // tiles
-    image_ptr = images_ptr + image * _IMAGE_FIELDS
+    image_ptr = images_ptr + image * IMAGE_FIELDS
     tile = tl.program_id(0) % tiles
-    x_ptr = scratch_ptr + tl.multiple_of(tl.load(image_ptr + 8), 16)
-    padded = _scratch_stride(tl.load(image_ptr + 4))
-    lines = tl.load(axes_ptr + tl.load(image_ptr + 5) * _AXIS_FIELDS + 1).to(tl.int32)
-    axis_ptr = axes_ptr + tl.load(image_ptr + 6) * _AXIS_FIELDS
-    area = height.to(tl.int64) * width
+    x_ptr = scratch_ptr + tl.multiple_of(tl.load(image_ptr + SCRATCH_OFFSET), 16)
+    padded = _scratch_stride(tl.load(image_ptr + LINES))
+    lines = tl.load(axes_ptr + tl.load(image_ptr + FIRST_AXIS) * AXIS_FIELDS + OUT_SIZE).to(
+        tl.int32
+    )
+    axis_ptr = axes_ptr + tl.load(image_ptr + SECOND_AXIS) * AXIS_FIELDS
+    area = tl.cast(height, tl.int64) * width  # a height of 1 is a constant, which has no .to
     out_ptr = canvas_ptr + image.to(tl.int64) * 3 * area
-    out_ptr += tl.load(image_ptr + 9) * width + tl.load(image_ptr + 10)
-    if tl.load(image_ptr + 7) == 0:
+    out_ptr += tl.load(image_ptr + TARGET_TOP) * width + tl.load(image_ptr + TARGET_LEFT)
+    if tl.load(image_ptr + VERTICAL_FIRST) == 0:
         _filter_tile(
             x_ptr, padded * lines, padded, 1, lines, axis_ptr, first_ptr, weights_ptr,
             out_ptr, area, 1, width, lines, tile,

@@ -26,10 +26,6 @@ from monkey_kernels.crops.reference import (
     FILTER_RADIUS,
     FITS,
     INTERPOLATIONS,
-    LAYOUTS,
-    PATCH_COLUMNS,
-    PATCH_SIZE,
-    crops_of_patches,
     extract_crops_backward_reference,
     extract_crops_reference,
     place,
@@ -39,12 +35,6 @@ FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 # Values are counted in int32 within an image (not within a batch).
 _MOST_PIXELS = (2**31 - 1) // 3
-
-
-def _crop_shape(crop_size: int, layout: str) -> tuple[int, ...]:
-    if layout == "patches":
-        return ((crop_size // PATCH_SIZE) ** 2, PATCH_COLUMNS)
-    return (3, crop_size, crop_size)
 
 
 @torch.library.custom_op("monkey_kernels::extract_crops", mutates_args=())
@@ -57,9 +47,8 @@ def _extract_crops(
     mean: Sequence[float],
     std: Sequence[float],
     dtype: torch.dtype,
-    layout: str,
 ) -> Tensor:
-    settings = (images, (grid[0], grid[1]), crop_size, interpolation, fit, mean, std, dtype, layout)
+    settings = (images, (grid[0], grid[1]), crop_size, interpolation, fit, mean, std, dtype)
     if backend.resolve("extract_crops", images[0].device) == "triton":
         # Here alone: the package imports without Triton.
         from monkey_kernels.crops.launch import extract_crops_triton
@@ -81,10 +70,9 @@ def _(
     mean: Sequence[float],
     std: Sequence[float],
     dtype: torch.dtype,
-    layout: str,
 ) -> Tensor:
     crops = len(images) * (grid[0] * grid[1] + 1)
-    return images[0].new_empty((crops, *_crop_shape(crop_size, layout)), dtype=dtype)
+    return images[0].new_empty((crops, 3, crop_size, crop_size), dtype=dtype)
 
 
 @torch.library.custom_op("monkey_kernels::extract_crops_backward", mutates_args=())
@@ -96,10 +84,7 @@ def _extract_crops_backward(
     interpolation: str,
     fit: str,
     std: Sequence[float],
-    layout: str,
 ) -> list[Tensor]:
-    if layout == "patches":
-        grad = crops_of_patches(grad, crop_size)
     return [
         extract_crops_backward_reference(
             image_grad, image.shape, (grid[0], grid[1]), crop_size, interpolation, fit, std
@@ -114,15 +99,15 @@ def _(grad: Tensor, images: Sequence[Tensor], *_: Any) -> list[Tensor]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    images, *settings, _mean, std, _dtype, layout = inputs
-    ctx.settings = (*settings, std, layout)
+    images, *settings, _mean, std, _dtype = inputs
+    ctx.settings = (*settings, std)
     ctx.save_for_backward(*images)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     images = list(ctx.saved_tensors)
     gradients = _extract_crops_backward(grad.contiguous(), images, *ctx.settings)
-    return (gradients, *[None] * 8)
+    return (gradients, *[None] * 7)
 
 
 _extract_crops.register_autograd(_backward, setup_context=_setup_context)
@@ -215,7 +200,6 @@ def extract_crops(
     mean: Sequence[float] = CLIP_MEAN,
     std: Sequence[float] = CLIP_STD,
     dtype: torch.dtype = torch.float32,
-    layout: str = "crops",
 ) -> Tensor:
     """Resize images to the canvas, normalise, and cut the R*C local crops and the global one.
 
@@ -237,14 +221,10 @@ def extract_crops(
         mean: red, green and blue to subtract, on a 0..1 scale.
         std: red, green and blue to divide by, on a 0..1 scale.
         dtype: of the result: float32, float16 or bfloat16.
-        layout: ``"crops"``, or ``"patches"``: the 14x14 patches of each crop, row by row, as rows
-            in the order of a patch embedding's ``weight.flatten(1)`` (channel, y, x), so that the
-            embedding is one matrix product.
 
     Returns:
         [B * (R*C + 1), 3, crop_size, crop_size], contiguous; image b's crops are the rows from
-        b * (R*C + 1), local crops row by row, then the global one. Empty for B = 0. For patches
-        [B * (R*C + 1), (crop_size / 14)**2, 592]: columns 588 to 591 are 0, for alignment.
+        b * (R*C + 1), local crops row by row, then the global one. Empty for B = 0.
 
     Raises:
         TypeError: an argument of another type, or a dtype that is not listed above.
@@ -252,9 +232,8 @@ def extract_crops(
             on different devices or of different dtypes, uint8 channels with a stride, NaN or
             infinity in a float image (plain torch alone checks it: the kernel would have to
             wait for the GPU, and lets them spread instead), more than 2**31 - 1 values in an
-            image, a grid or crop_size that is not positive, a crop_size that is not a multiple of
-            14 for patches, an unknown interpolation, fit or layout, three numbers missing in mean
-            or std, a std that is not positive.
+            image, a grid or crop_size that is not positive, an unknown interpolation or fit, three
+            numbers missing in mean or std, a std that is not positive.
         RuntimeError: the backend ``"triton"`` was requested and cannot run.
 
     Numerics:
@@ -271,19 +250,14 @@ def extract_crops(
     check_positive_int("crop_size", crop_size)
     check_choice("interpolation", interpolation, INTERPOLATIONS)
     check_choice("fit", fit, FITS)
-    check_choice("layout", layout, LAYOUTS)
-    if layout == "patches" and crop_size % PATCH_SIZE:
-        raise ValueError(
-            f"crop_size must be a multiple of {PATCH_SIZE} for layout 'patches'; got {crop_size}"
-        )
     check_dtype("dtype", dtype, OUTPUT_DTYPES)
     mean, std = _check_colour("mean", mean), _check_colour("std", std)
     if min(std) <= 0:
         raise ValueError(f"std must be positive; got {tuple(std)}")
     if isinstance(images, Tensor):
         if images.shape[0] == 0:
-            return images.new_empty((0, *_crop_shape(crop_size, layout)), dtype=dtype)
+            return images.new_empty((0, 3, crop_size, crop_size), dtype=dtype)
         images = images.unbind(0)
     return _extract_crops(
-        list(images), [rows, columns], crop_size, interpolation, fit, mean, std, dtype, layout
+        list(images), [rows, columns], crop_size, interpolation, fit, mean, std, dtype
     )

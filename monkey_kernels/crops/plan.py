@@ -13,16 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from monkey_kernels.crops import table as columns
 from monkey_kernels.crops.reference import FILTER_RADIUS, place, vertical_first
 
-# int64 columns. Image: address of the window's first value; strides, in values, between lines,
-# between inputs of the first pass's axis, and between channels; number of lines; index of the
-# first pass's axis and of the second's; whether the first pass is the vertical one; offset of its
-# scratch in values; top, left, height and width of the filled part of the canvas; nothing (a row
-# keeps to 16 bytes, as Triton likes its pointers).
-IMAGE_FIELDS = 14
-# Axis: input size, output size, taps per output, offset of its outputs, of its taps, nothing.
-AXIS_FIELDS = 6
+IMAGE_FIELDS, AXIS_FIELDS = columns.IMAGE_FIELDS.value, columns.AXIS_FIELDS.value
 
 
 @dataclass
@@ -93,7 +87,11 @@ def make_plan(
             if axis not in axis_index:
                 axis_index[axis] = len(axis_index)
                 axis_taps = most_taps(*axis, interpolation)
-                axis_rows += [*axis, axis_taps, outputs, taps, 0]
+                row = [0] * AXIS_FIELDS
+                row[columns.IN_SIZE], row[columns.OUT_SIZE] = axis
+                row[columns.TAPS] = axis_taps
+                row[columns.FIRSTS_OFFSET], row[columns.WEIGHTS_OFFSET] = outputs, taps
+                axis_rows += row
                 outputs += axis[1]
                 taps += axis[1] * axis_taps
 
@@ -102,8 +100,17 @@ def make_plan(
         if groups[-1].images and groups[-1].scratch + scratch > most_scratch:
             groups.append(Group(index))
         group = groups[-1]
-        image_rows += [start, *strides, stride_channel, lines, axis_index[first]]
-        image_rows += [axis_index[second], int(y_first), group.scratch, *target, 0]
+        row = [0] * IMAGE_FIELDS
+        row[columns.IMAGE_ADDRESS] = start
+        row[columns.STRIDE_M], row[columns.STRIDE_K] = strides
+        row[columns.STRIDE_C] = stride_channel
+        row[columns.LINES] = lines
+        row[columns.FIRST_AXIS], row[columns.SECOND_AXIS] = axis_index[first], axis_index[second]
+        row[columns.VERTICAL_FIRST] = int(y_first)
+        row[columns.SCRATCH_OFFSET] = group.scratch
+        row[columns.TARGET_TOP], row[columns.TARGET_LEFT] = target.top, target.left
+        row[columns.TARGET_HEIGHT], row[columns.TARGET_WIDTH] = target.height, target.width
+        image_rows += row
         group.images += 1
         group.scratch += scratch
         group.first_tiles = max(group.first_tiles, _tiles(lines, first[1], first_tile))

@@ -28,12 +28,6 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 INTERPOLATIONS = ("bilinear", "bicubic")
 FITS = ("stretch", "crop", "pad")
-LAYOUTS = ("crops", "patches")
-
-#: Side of the encoder's patch, and the columns of ``layout="patches"``: 3 * 14 * 14 values, then
-#: zeros up to a multiple of 16, which keeps rows aligned for a GEMM.
-PATCH_SIZE = 14
-PATCH_COLUMNS = 592
 
 FILTER_RADIUS = {"bilinear": 1, "bicubic": 2}
 WEIGHT_BITS = 22  # Pillow's fixed-point precision for 8-bit images
@@ -217,7 +211,6 @@ def extract_crops_reference(
     mean: Sequence[float] = CLIP_MEAN,
     std: Sequence[float] = CLIP_STD,
     dtype: torch.dtype = torch.float32,
-    layout: str = "crops",
     *,
     exact: bool = True,
 ) -> Tensor:
@@ -242,24 +235,7 @@ def extract_crops_reference(
             canvas[None], crop_size, mode=interpolation, align_corners=False, antialias=False
         )
         crops[index, local].copy_(small[0])
-    flat = crops.flatten(0, 1)
-    return flat if layout == "crops" else _patches(flat)
-
-
-def _patches(crops: Tensor) -> Tensor:
-    """[crops, 3, size, size] as [crops, patches, PATCH_COLUMNS], a patch in order channel, y, x."""
-    across = crops.shape[-1] // PATCH_SIZE
-    tiles = crops.unflatten(3, (across, PATCH_SIZE)).unflatten(2, (across, PATCH_SIZE))
-    rows = tiles.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-    return F.pad(rows, (0, PATCH_COLUMNS - rows.shape[-1]))
-
-
-def crops_of_patches(patches: Tensor, crop_size: int) -> Tensor:
-    """The inverse of ``_patches``: [crops, 3, crop_size, crop_size]."""
-    across = crop_size // PATCH_SIZE
-    rows = patches[..., : 3 * PATCH_SIZE**2].unflatten(-1, (3, PATCH_SIZE, PATCH_SIZE))
-    tiles = rows.unflatten(1, (across, across)).permute(0, 3, 1, 4, 2, 5)
-    return tiles.flatten(4, 5).flatten(2, 3)
+    return crops.flatten(0, 1)
 
 
 def extract_crops_backward_reference(

@@ -105,7 +105,7 @@ def test_a_search_in_the_interpreter(tune, tmp_path):
     done = python("-m", "benchmarks.tune", "--seconds", "0.1", "--out", path, **scale)
     assert done.returncode == 0, done.stderr
     assert "resampler_attention_forward: " in done.stdout
-    assert "cut: no time left, keeps its parameters" in done.stdout
+    assert "extract_crops_cut: no time left, keeps its parameters" in done.stdout
     json.loads(path.read_text())
 
 

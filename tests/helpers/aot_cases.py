@@ -20,7 +20,7 @@ def broken_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
 
 
 def case(name, kernel=product_kernel, dtype="*fp16", block=32, **options):
-    settings = {"num_stages": 1, "expects_dot": True, "chosen": True, **options}
+    settings = {"num_stages": 1, "expects_dot": True, **options}
     signature = {"x_ptr": dtype, "out_ptr": "*fp32"}
     return AotCase(name, kernel, signature, {"BLOCK": block}, 4, **settings)
 
@@ -30,6 +30,5 @@ def aot_cases():
         case("good"),
         case("broken", broken_kernel),
         case("spilling", block=128, options={"maxnreg": 96}),
-        case("spilling, never picked", block=128, options={"maxnreg": 96}, chosen=False),
         case("fp32", dtype="*fp32"),
     ]

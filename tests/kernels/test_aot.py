@@ -13,18 +13,18 @@ import pytest
 
 pytest.importorskip("triton")
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 WITH_TEST_KERNELS = """
 import sys
 from monkey_kernels import aot, backend
-backend.TRITON_KERNELS["test"] = "tests.helpers.aot_cases"
+backend.OPS["test"] = "tests.helpers"
 sys.exit(aot.main(sys.argv[1:]))
 """
 
 
 def python(*arguments, interpret=False):
     environment = {**os.environ, "TRITON_INTERPRET": "1" if interpret else "0"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parents[1])])
+    environment["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -54,7 +54,6 @@ def test_a_kernel_that_spills(results):
     row = results[0]["spilling", "sm_90"]
     assert row["problem"] == "spills registers to memory"
     assert row["stack"] > 0 and row["local"] > 0
-    assert not results[0]["spilling, never picked", "sm_90"]["problem"]
 
 
 def test_a_dot_without_tensor_cores(results):
@@ -63,7 +62,7 @@ def test_a_dot_without_tensor_cores(results):
 
 def test_the_table_and_the_problems_are_printed(results):
     done = results[1]
-    assert "registers" in done.stdout and "spilling, never picked" in done.stdout
+    assert "registers" in done.stdout and "spilling" in done.stdout
     assert "fp32 on sm_90: no tensor core instruction" in done.stderr
 
 

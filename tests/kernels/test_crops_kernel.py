@@ -175,23 +175,22 @@ def test_float_images(interpolation, fit, dtype):
 
 def test_float_gradient_is_that_of_the_reference():
     x = torch.rand(2, 3, 20, 31, device=DEVICE)
-    grad = torch.randn(10, 1, 592, device=DEVICE)
+    grad = torch.randn(10, 3, 14, 14, device=DEVICE)
     gradients = []
     for backend in ("triton", "torch"):
         leaf = x.clone().requires_grad_()
         with use_backend(backend):
-            extract_crops(leaf, crop_size=14, layout="patches").backward(grad)
+            extract_crops(leaf, crop_size=14).backward(grad)
         gradients.append(leaf.grad)
     assert torch.equal(*gradients)
 
 
-@pytest.mark.parametrize("layout", ["crops", "patches"])
 @pytest.mark.parametrize("as_float", [False, True])
-def test_the_registered_op(as_float, layout):
+def test_the_registered_op(as_float):
     image = torch.rand(3, 9, 11, device=DEVICE, requires_grad=True) if as_float else photo(9, 11)
     settings = ([1, 1], 14, "bicubic", "pad", list(CLIP_MEAN), list(CLIP_STD), torch.float32)
     with use_backend("triton"):
-        torch.library.opcheck(_extract_crops, ([image], *settings, layout))
+        torch.library.opcheck(_extract_crops, ([image], *settings))
 
 
 def test_nan_in_a_float_image_reaches_the_crop():
@@ -254,21 +253,6 @@ def test_bytes_around_an_image_are_never_read_into_a_result(offset, fit):
     assert torch.equal(results[0], run(images, **settings))
 
 
-@pytest.mark.parametrize("fit", ["stretch", "pad"])
-@pytest.mark.parametrize("grid", [(1, 1), (2, 1)])
-def test_patches_are_the_unfolded_crops(grid, fit):
-    images = [photo(40, 30), photo(9, 80)]
-    settings = {"grid": grid, "crop_size": 28, "fit": fit, "dtype": torch.float16}
-    crops = run(images, **settings)
-    patches = run(images, layout="patches", **settings)
-    assert patches.shape == (len(crops), 4, 592) and patches.is_contiguous()
-    assert torch.equal(patches[..., :588], F.unfold(crops, 14, stride=14).transpose(1, 2))
-    assert not patches[..., 588:].any()
-    with use_backend("torch"):
-        reference = extract_crops(images, layout="patches", **settings)
-    torch.testing.assert_close(patches, reference, atol=1 / 64, rtol=0)
-
-
 def test_images_that_exceed_the_scratch_are_split_over_launches(monkeypatch):
     images = [photo(30, 50, seed) for seed in range(5)]
     whole = run(images, crop_size=8)
@@ -324,8 +308,6 @@ BAD_INPUT = {
     "pixels": ([photo(1, 1).expand(2**16, 2**15, 3)], {}),
     "dtype": ([photo(2, 2).int()], {}),
     "empty list": ([], {}),
-    "patches": ([photo(2, 2)], {"crop_size": 15, "layout": "patches"}),
-    "layout": ([photo(2, 2)], {"layout": "rows"}),
 }
 MESSAGES = {
     "devices": "images.1. must have the device of images.0., .*; got meta",
@@ -333,8 +315,6 @@ MESSAGES = {
     "pixels": "at most 715827882 pixels; got 65536 x 32768",
     "dtype": "must be one of torch.uint8, .*; got torch.int32",
     "empty list": "at least one image",
-    "patches": "crop_size must be a multiple of 14 for layout 'patches'; got 15",
-    "layout": "layout must be one of crops, patches; got 'rows'",
 }
 
 
@@ -346,24 +326,19 @@ def test_bad_input_is_refused_before_a_launch(name, monkeypatch):
         run(images, **settings)
 
 
-@pytest.mark.parametrize("layout, shape", [("crops", (0, 3, 28, 28)), ("patches", (0, 4, 592))])
-def test_empty_batch(layout, shape):
+def test_empty_batch():
     batch = torch.zeros(0, 5, 5, 3, dtype=torch.uint8, device=DEVICE)
-    assert run(batch, crop_size=28, layout=layout).shape == shape
+    assert run(batch, crop_size=28).shape == (0, 3, 28, 28)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-@pytest.mark.parametrize("layout", ["crops", "patches"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_real_sizes(dtype, layout, interpolation):
+def test_real_sizes(dtype, interpolation):
     sizes = [(3000, 4000), (2400, 1080), (480, 640), (2017, 1511)]
     images = [photo(*size, seed) for seed, size in enumerate(sizes)]
     settings = {"interpolation": interpolation, "dtype": dtype}
-    got = run(images, layout=layout, **settings)
-    if layout == "patches":
-        crops = got[..., :588].unflatten(2, (3, 14, 14)).unflatten(1, (32, 32))
-        got = crops.permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, 448, 448)
+    got = run(images, **settings)
     want = extract_crops_reference([i.cpu() for i in images], interpolation=interpolation)
     worst, share = levels_off(got, want.double())
     assert worst <= 1.01 and share <= 0.005

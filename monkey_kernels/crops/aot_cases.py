@@ -1,0 +1,63 @@
+"""What ``python -m monkey_kernels.aot`` compiles of ``extract_crops``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton.language as tl
+
+from monkey_kernels.aot import AotCase
+from monkey_kernels.crops.cut_kernel import cut_kernel
+from monkey_kernels.crops.filter_kernel import first_pass_kernel, second_pass_kernel, taps_kernel
+from monkey_kernels.crops.parameters import CUT, FILTERS, TAPS_BLOCK
+from monkey_kernels.tuning import shipped
+
+
+def aot_cases() -> list[AotCase]:
+    """Each kernel at Monkey's sizes, in each shipped launch configuration."""
+    cases = []
+
+    def add(
+        name: str, kernel: Any, signature: dict[str, str], constexprs: dict[str, Any],
+        num_warps: int, *, dot: bool = False, fuse: bool = True,
+    ) -> None:  # fmt: skip
+        options = {"enable_fp_fusion": fuse}
+        name = f"extract_crops {name}"
+        cases.append(AotCase(name, kernel, signature, constexprs, num_warps, 1, dot, options))
+
+    for is_float in (False, True):
+        kind, value = ("_float32", "*fp32") if is_float else ("", "*u8")
+        filters = {"axes_ptr": "*i64", "first_ptr": "*i32"}
+        filters["weights_ptr"] = "*fp32" if is_float else "*fp16"
+        constexprs: dict[str, Any] = {"RADIUS": 2, "IS_FLOAT": is_float}
+        constexprs |= {"BLOCK_OUT": TAPS_BLOCK[0], "BLOCK_TAPS": TAPS_BLOCK[1]}
+        add(f"taps{kind}", taps_kernel, filters, constexprs, 4, fuse=False)
+
+        one_pass = {**filters, "images_ptr": "*i64", "scratch_ptr": value, "tiles": "i32"}
+        dtype = tl.float32 if is_float else tl.uint8
+        for config, p in _shipped(f"first_pass{kind}"):
+            constexprs = {"IMAGE_DTYPE": dtype, **p.blocks()}
+            name = f"first_pass{kind} ({config})"
+            add(name, first_pass_kernel, one_pass, constexprs, p.num_warps, dot=not is_float)
+        to_canvas = {**one_pass, "canvas_ptr": value}
+        sizes = {"height": "i32", "width": "i32"}
+        for config, p in _shipped(f"second_pass{kind}"):
+            name = f"second_pass{kind} ({config})"
+            signature = {**to_canvas, **sizes}
+            add(name, second_pass_kernel, signature, p.blocks(), p.num_warps, dot=not is_float)
+            # Triton makes an argument that is 1 a constant.
+            constexprs = {**dict.fromkeys(sizes, 1), **p.blocks()}
+            name = f"second_pass{kind} to one pixel ({config})"
+            add(name, second_pass_kernel, to_canvas, constexprs, p.num_warps, dot=not is_float)
+
+        signature = {"canvas_ptr": value, "images_ptr": "*i64", "out_ptr": "*bf16", "blocks": "i32"}
+        signature |= {f"{name}_{c}": "fp32" for name in ("scale", "shift") for c in range(3)}
+        for config, cut in shipped("extract_crops_cut", CUT).items():
+            constexprs = {"ROWS": 2, "COLUMNS": 2, "CROP_SIZE": 448, "BICUBIC": True}
+            constexprs["BLOCK"] = cut.block
+            add(f"cut{kind} ({config})", cut_kernel, signature, constexprs, cut.num_warps)
+    return cases
+
+
+def _shipped(kernel: str) -> Any:
+    return shipped(f"extract_crops_{kernel}", FILTERS[kernel]).items()
