@@ -64,7 +64,7 @@ def assert_crops_close(crops: torch.Tensor, canvas: torch.Tensor, mode: str) -> 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_resize_is_pillow_to_the_bit(mode):
-    for seed, size in enumerate(FIXED_SIZES + random_sizes(60)):
+    for seed, size in enumerate(FIXED_SIZES + random_sizes(20)):
         image = noise(*size, seed)
         for out in ((896, 896), (112, 56)):
             assert torch.equal(resize_uint8(image, out, mode), pillow_resize(image, out, mode)), (
@@ -84,9 +84,9 @@ def test_order_of_passes_is_pillows(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_op_against_pillow(mode):
-    sizes = FIXED_SIZES + random_sizes(200 - len(FIXED_SIZES))
-    for seed, size in enumerate(sizes):
+@pytest.mark.parametrize("count", [20, pytest.param(193, marks=pytest.mark.slow)])
+def test_op_against_pillow(count, mode):
+    for seed, size in enumerate(FIXED_SIZES + random_sizes(count)):
         image = noise(*size, seed)
         crops = extract_crops([image], interpolation=mode)
         assert crops.shape == (5, 3, 448, 448) and crops.is_contiguous()
