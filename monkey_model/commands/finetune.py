@@ -36,7 +36,9 @@ def finetune(
     resume: Annotated[
         bool,
         typer.Option(
-            "--resume", help="Go on from the last complete checkpoint; start if there is none."
+            "--resume",
+            help="Go on from the last complete checkpoint; start if there is none. A run that has "
+            "finished stays as it is.",
         ),
     ] = False,
     allow_pickle: PickleOption = False,
