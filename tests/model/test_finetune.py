@@ -243,23 +243,23 @@ def files_limited_to(size):
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "call", "place"),
+    ("owner", "name", "call", "size", "place"),
     [
-        (Trainer, "_save_optimizer_and_scheduler", 2, "checkpoint-2"),
-        (TrainerState, "save_to_json", 2, "checkpoint-2"),
-        (Trainer, "save_model", 3, "model"),
-        (Figure, "savefig", 1, "loss.png"),
-        (MonkeyLMHeadModel, "save_pretrained", 1, "merged"),
-        (module, "mark_finished", 1, FINISHED),
+        (Trainer, "_save_optimizer_and_scheduler", 2, 64, "checkpoint-2"),
+        (TrainerState, "save_to_json", 2, 64, "checkpoint-2"),
+        (Trainer, "save_model", 3, 20_000, "model"),
+        (Figure, "savefig", 1, 64, "loss.png"),
+        (MonkeyLMHeadModel, "save_pretrained", 1, 20_000, "merged"),
+        (module, "mark_finished", 1, 64, FINISHED),
         # Other writes to the same places.
-        pytest.param(Trainer, "save_model", 2, "checkpoint-2", marks=pytest.mark.slow),
-        pytest.param(Trainer, "_save_rng_state", 2, "checkpoint-2", marks=pytest.mark.slow),
-        pytest.param(MonkeyProcessor, "save_pretrained", 3, "model", marks=pytest.mark.slow),
-        pytest.param(MonkeyProcessor, "save_pretrained", 4, "merged", marks=pytest.mark.slow),
+        pytest.param(Trainer, "save_model", 2, 20_000, "checkpoint-2", marks=pytest.mark.slow),
+        pytest.param(Trainer, "_save_rng_state", 2, 64, "checkpoint-2", marks=pytest.mark.slow),
+        pytest.param(MonkeyProcessor, "save_pretrained", 3, 64, "model", marks=pytest.mark.slow),
+        pytest.param(MonkeyProcessor, "save_pretrained", 4, 64, "merged", marks=pytest.mark.slow),
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
-def test_a_full_disk_loses_nothing(start, tmp_path, monkeypatch, owner, name, call, place):
+def test_a_full_disk_loses_nothing(start, tmp_path, monkeypatch, owner, name, call, size, place):
     monkeypatch.setenv("COLUMNS", "1000")
     checkpoint, data = start
     path, out = tmp_path / "run.yaml", tmp_path / "out"
@@ -272,7 +272,7 @@ def test_a_full_disk_loses_nothing(start, tmp_path, monkeypatch, owner, name, ca
     def limited(*args, **kwargs):
         if next(calls) != call:
             return original(*args, **kwargs)
-        with files_limited_to(64):
+        with files_limited_to(size):  # 20,000 bytes: room for all but the weights
             return original(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, limited)
