@@ -20,6 +20,8 @@ from tests.helpers.numerics import relative_l2
 
 SMALL = {"grid_size": 4, "embed_dim": 256, "num_heads": 2, "kv_dim": 96}
 REAL = {"grid_size": 16, "embed_dim": 4096, "num_heads": 32, "kv_dim": 1664}
+# As many channels to add up, an eighth of the width.
+LONG_SUMS = {**REAL, "embed_dim": 512, "num_heads": 4}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -99,10 +101,11 @@ def test_accuracy_tiny_layer_norm_weights(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["normal", "a few huge channels"])
-def test_accuracy_real_width(kind, dtype):
-    assert_accurate(
-        f"real, {kind}", make_resampler(**REAL), tokens_like(kind, (1, 256, 1664)), dtype
-    )
+@pytest.mark.parametrize("sizes", [LONG_SUMS, pytest.param(REAL, marks=pytest.mark.slow)])
+def test_accuracy_of_long_sums(sizes, kind, dtype):
+    """Most of all of what the tokens share, which nothing averages."""
+    name = f"{sizes['kv_dim']} -> {sizes['embed_dim']}, {kind}"
+    assert_accurate(name, make_resampler(**sizes), tokens_like(kind, (1, 256, 1664)), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
