@@ -1,11 +1,29 @@
-"""Settings that must precede every import of a kernel."""
+"""One environment for the tests, whatever shell or test runner starts them.
+
+All of it precedes every import that reads it, and what a test starts inherits it.
+"""
 
 from __future__ import annotations
 
 import os
 
-import pytest
-import torch
+# A file that pytest-xdist runs is no different from one that it does not: pytest-benchmark would
+# switch itself off in the benchmarks that a test starts.
+os.environ.pop("PYTEST_XDIST_WORKER", None)
+os.environ.pop("PYTEST_XDIST_WORKER_COUNT", None)
+# Models are tiny, and the order of a sum should not follow the number of cores. Processes of a test
+# (two of a distributed one, pytest-xdist's) share the cores instead.
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[variable] = "1"
+# What commands print is compared as one wide, plain text.
+os.environ["COLUMNS"] = "200"
+for variable in ("TERM", "NO_COLOR", "FORCE_COLOR", "CLICOLOR", "CLICOLOR_FORCE", "PY_COLORS"):
+    os.environ.pop(variable, None)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
 
 # Triton reads this when a kernel is decorated. Without a GPU, kernels run in its interpreter.
 if not torch.cuda.is_available():
