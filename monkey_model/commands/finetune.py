@@ -65,6 +65,7 @@ def finetune(
         from monkey_model.training.finetune import finetune as run
 
         trained = run(loaded, resume=resume)
+        _leave_process_group()
     except (OSError, TypeError, ValueError, ImportError) as error:
         report(str(error))
         raise typer.Exit(2) from None
@@ -73,6 +74,14 @@ def finetune(
     else:
         message = "model, loss.png" + ", merged" * loaded.merge
     say(err_console, f"{shown(loaded.output_dir)}: {message}")
+
+
+def _leave_process_group() -> None:
+    """Or a thread of it that is still at work when Python exits aborts the process."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def merge(

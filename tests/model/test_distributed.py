@@ -23,6 +23,7 @@ from tests.helpers.checkpoint import write_checkpoint, write_data
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
+HUNG = 3600  # seconds: a run takes one or two, and the first with DeepSpeed compiles for minutes
 TRAINING = {
     "use_cpu": True,
     "max_steps": 4,
@@ -80,7 +81,9 @@ def train(tmp_path_factory):
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
                        "DS_ACCELERATOR": "cpu"}  # fmt: skip
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=HUNG
+        )
 
     train.checkpoint, train.run = checkpoint, run
     return train

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import socket
 from types import SimpleNamespace
 
 import pytest
@@ -230,15 +229,14 @@ def without_dropout():
     return model
 
 
-def in_each_process(rank: int, port: int, directory: str) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+def in_each_process(rank: int, directory: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # asked for, and not dialled
     torch.set_num_threads(1)
+    # They meet in a file: a free port can be taken by the time it is used.
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{directory}/meeting", rank=rank, world_size=2
+    )
     settings = {**SGD, "per_device_train_batch_size": 1, "ddp_backend": "gloo"}
     with pytest.raises(ValueError, match=r"ddp_find_unused_parameters must be True .* got None"):
         make_trainer(directory, **settings)
@@ -255,10 +253,7 @@ def in_each_process(rank: int, port: int, directory: str) -> None:
 def test_two_processes_agree_with_one(tmp_path):
     one, _ = make_trainer(tmp_path / "one", without_dropout, **SGD)
     one.train()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(in_each_process, (port, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(in_each_process, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     start = plain().state_dict()
     assert not torch.equal(

@@ -70,6 +70,7 @@ def test_compiled_gradients():
         assert relative_l2(g, e) < 1e-9
 
 
+@pytest.mark.slow
 def test_golden_compiled():
     """Through inductor, as users compile."""
     golden = load_golden()
