@@ -77,6 +77,11 @@ def check_error(
         assert error <= allowed, report  # false for NaN, too
 
 
+def relative_l2(value: Tensor, expected: Tensor) -> float:
+    expected = expected.double()
+    return ((value.double() - expected).norm() / expected.norm()).item()
+
+
 @contextlib.contextmanager
 def nan_filled() -> Iterator[None]:
     """Memory from ``torch.empty`` and its like holds NaN (the largest integer, for integers)."""
