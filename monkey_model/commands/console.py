@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from monkey_model.inputs.fetch import redact
+from monkey_model.inputs.fetch import shown
 
 if TYPE_CHECKING:
     import torch
@@ -36,11 +35,6 @@ PickleOption = Annotated[
     bool,
     typer.Option("--allow-pickle", help="Read *.bin weights, from a source you trust."),
 ]
-
-
-def shown(name: str) -> str:
-    """``name`` fit to be printed and stored: no passwords of URLs, no undecodable bytes."""
-    return os.fsencode(redact(name)).decode("utf-8", "backslashreplace")
 
 
 def say(console: Console, message: str) -> None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from monkey_model.commands.console import err_console, report, say, shown
+from monkey_model.commands.console import err_console, report, say
+from monkey_model.inputs.fetch import shown
 
 if TYPE_CHECKING:
     from monkey_model.configuration_monkey import MonkeyConfig

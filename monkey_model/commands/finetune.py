@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from monkey_model.commands.console import PickleOption, err_console, report, say, shown
+from monkey_model.commands.console import PickleOption, err_console, report, say
+from monkey_model.inputs.fetch import shown
 
 
 def finetune(

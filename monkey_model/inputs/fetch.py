@@ -7,6 +7,7 @@ network of the machine that fetches it.
 from __future__ import annotations
 
 import io
+import os
 import re
 import time
 import urllib.parse
@@ -28,6 +29,11 @@ _NAT64 = IPv6Network("64:ff9b::/96")
 def redact(text: str) -> str:
     """``text`` without the passwords of URLs in it: a log is no place for them."""
     return re.sub("//[^/]*@", "//***@", text)
+
+
+def shown(name: str) -> str:
+    """``name`` fit to be printed and stored: no passwords of URLs, no undecodable bytes."""
+    return os.fsencode(redact(name)).decode("utf-8", "backslashreplace")
 
 
 def fetch(url: str, name: str, max_bytes: int, timeout: float) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from importlib.metadata import version
@@ -140,7 +141,7 @@ def test_nothing_is_half_written(run, tmp_path, monkeypatch):
 
     path = picture(tmp_path / "a.png")
     (tmp_path / "tokens.safetensors").write_bytes(b"an earlier run")
-    monkeypatch.setattr("safetensors.torch.save_file", interrupted)
+    monkeypatch.setattr("monkey_model.serving.encode_files.save_file", interrupted)
     run("encode", path, code=130)
     assert (tmp_path / "tokens.safetensors").read_bytes() == b"an earlier run"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "tokens.safetensors"]
@@ -190,6 +191,18 @@ def test_outputs_that_cannot_be_written(run, tmp_path):
     output = run("encode", long, a, code=1)
     assert "1 of 2 images were not encoded" in output
     assert [path.name for path in (tmp_path / "tokens").iterdir()] == ["a.png.safetensors"]
+
+
+def test_a_full_disk_is_a_problem_of_the_image(run, tmp_path):
+    a = picture(tmp_path / "a.png")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
+    try:
+        output = run("encode", a, code=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert f"Error: the tokens of {a} cannot be written" in output
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_names_are_no_markup(run, tmp_path):
