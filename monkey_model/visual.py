@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from monkey_kernels.checks import check_divides, check_int, check_positive_int, check_tensor
 from monkey_model.crop_settings import LARGEST_SIZE, CropSettings
@@ -23,15 +21,21 @@ from monkey_model.encoder.crop_adapters import (
     AdapterSelection,
     Lora_Adapter,
     check_adapter_index,
+    default_adapter_index,
     select_adapters,
 )
 from monkey_model.encoder.cuda_graph import GraphedEncoder
 from monkey_model.encoder.parameter_cache import ParameterCache
 from monkey_model.encoder.positions import get_2d_sincos_pos_embed, get_abs_pos, resized_positions
 from monkey_model.encoder.resampler import Resampler
-from monkey_model.encoder.vit import TransformerBlock, VisualAttention, VisualAttentionBlock
+from monkey_model.encoder.vit import (
+    TransformerBlock,
+    VisualAttention,
+    VisualAttentionBlock,
+    embed_patches,
+)
+from monkey_model.encoder.windows import reconstruct_matrix, sliding_window
 from monkey_model.families import check_is_monkey
-from monkey_model.gradient_checkpointing import check_not_reentrant
 from monkey_model.inputs.images import ImageSource, load_crops
 
 __all__ = [
@@ -46,23 +50,6 @@ __all__ = [
     "reconstruct_matrix",
     "sliding_window",
 ]
-
-
-def sliding_window(matrix: Tensor, window_size: tuple[int, int], stride: int) -> list[list[Tensor]]:
-    """Cut [B, C, H, W] into windows, as views: ``windows[row][column]`` is [B, C, *window_size]."""
-    height, width = matrix.shape[2:]
-    return [
-        [
-            matrix[:, :, top : top + window_size[0], left : left + window_size[1]]
-            for left in range(0, width - window_size[1] + 1, stride)
-        ]
-        for top in range(0, height - window_size[0] + 1, stride)
-    ]
-
-
-def reconstruct_matrix(windows: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Put the windows of :func:`sliding_window` (stride = window size) together again."""
-    return torch.cat([torch.cat(list(row), dim=3) for row in windows], dim=2)
 
 
 class VisionTransformer(nn.Module):
@@ -148,7 +135,6 @@ class VisionTransformer(nn.Module):
         self.grid_size = (height // patch_size, width_px // patch_size)
         self.output_dim = output_dim
         self.lora_repeat_num = lora_repeat_num
-        self._blocks_compiled = False
         self._positions: ParameterCache[Tensor] = ParameterCache()
 
         norm_layer = partial(nn.LayerNorm, eps=1e-6)
@@ -186,59 +172,44 @@ class VisionTransformer(nn.Module):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
     ) -> None:
-        """In training, keep only every second block's input and compute the rest again in backward.
-
-        This comes on top of :meth:`recompute`, and takes about a third more time for a step.
-
-        Args:
-            gradient_checkpointing_kwargs: for ``torch.utils.checkpoint.checkpoint``, as in
-                transformers.
-
-        Raises:
-            ValueError: ``use_reentrant=True``, with which frozen inputs leave the adapters without
-                a gradient.
-        """
-        settings = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        check_not_reentrant(settings)
-        self.transformer._gradient_checkpointing_func = partial(checkpoint, **settings)
-        self.transformer.gradient_checkpointing = True
+        """See :meth:`TransformerBlock.gradient_checkpointing_enable`."""
+        self.transformer.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep what backward needs, as without :meth:`gradient_checkpointing_enable`."""
         self.transformer.gradient_checkpointing = False
 
     def recompute(self, enabled: bool = True) -> VisionTransformer:
-        """Keep less for backward (the default), or keep everything.
-
-        Where it is enabled, a block keeps its packed projection and three tensors of the width,
-        0.22 of what upstream's form keeps; LayerNorm, GELU and adapters, and the MLP's first
-        product, are computed again in backward: about a sixth more arithmetic.
-        """
-        for block in self.transformer.resblocks:
-            block.recompute = block.attn.recompute = enabled  # type: ignore[union-attr,assignment]
+        """See :meth:`TransformerBlock.recompute`."""
+        self.transformer.recompute(enabled)
         return self
 
     def compile(self, **kwargs: Any) -> None:
-        """Compile one block, and run all of them with it (regional compilation).
-
-        The rest stays eager. The blocks compile at their first call; crops of no adapter, of mixed
-        adapters, and the first two batch sizes make a graph each, further ones none.
-
-        Args:
-            kwargs: for ``torch.compile``, over ``fullgraph=True``.
-        """
-        for block in self.transformer.resblocks:
-            block.compile(**{"fullgraph": True, **kwargs})
-        self._blocks_compiled = True
+        """See :meth:`TransformerBlock.compile`; the rest of the encoder stays eager."""
+        self.transformer.compile(**kwargs)
 
     def cuda_graph(
         self, images: int, adapter_index: Sequence[int | None] | None = None
     ) -> GraphedEncoder:
         """:meth:`encode_crops` for a fixed number of images as one CUDA graph, for inference.
 
-        The arguments and errors are :class:`monkey_model.encoder.cuda_graph.GraphedEncoder`'s.
+        Make it again after moving, casting or training the encoder, and :meth:`compile` first to
+        replay compiled blocks.
+
+        Args:
+            images: in every call.
+            adapter_index: as in :meth:`encode_images`.
+
+        Raises:
+            ValueError: the encoder is not on a CUDA or ROCm device, or in training mode; images is
+                not positive; or the errors of :meth:`encode_images`.
         """
-        return GraphedEncoder(self, images, adapter_index)
+        check_positive_int("images", images)
+        selection = self._select(self.adapter_index(adapter_index) * images)
+        side, dtype = self.crop_settings.crop_size, self.transformer.get_cast_dtype()
+        shape = (images * self.crop_settings.crops_per_image, 3, side, side)
+        crops = torch.zeros(shape, dtype=dtype, device=self._device())
+        return GraphedEncoder(self, partial(self._tokens, selection=selection), crops)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._positions.drop()  # weights made under inference_mode count no versions
@@ -264,23 +235,19 @@ class VisionTransformer(nn.Module):
             raise ValueError(
                 f"x must be [N, 3, H, W] with H = W a multiple of {patch}; got {list(x.shape)}"
             )
-        return self._tokens(x, self._select(idx, len(x)))
-
-    def _select(self, idx: int | Sequence[int | None] | None, crops: int) -> AdapterSelection:
-        """``idx`` of :meth:`forward`, checked, as the blocks take it."""
         per_crop = isinstance(idx, Sequence) and not isinstance(idx, str)
-        index = check_adapter_index("idx", idx if per_crop else [idx], self.lora_repeat_num)
-        if not per_crop:
-            index = index * crops
-        if len(index) != crops:
-            raise ValueError(f"idx must have an entry for each of {crops} crops; got {len(index)}")
-        return select_adapters(
-            index, self.lora_repeat_num, self._device(), one_hot=self._blocks_compiled
-        )
+        adapters = self.lora_repeat_num
+        index = check_adapter_index("idx", idx if per_crop else [idx] * len(x), adapters, len(x))
+        return self._tokens(x, self._select(index))
+
+    def _select(self, index: Sequence[int | None]) -> AdapterSelection:
+        """A checked entry per crop, as the blocks take it."""
+        one_hot = self.transformer.blocks_compiled
+        return select_adapters(index, self.lora_repeat_num, self._device(), one_hot=one_hot)
 
     def _tokens(self, x: Tensor, selection: AdapterSelection) -> Tensor:
         x = x.to(self._device(), self.transformer.get_cast_dtype())
-        x = self._embed_patches(x)
+        x = embed_patches(self.conv1, x)
         x = self.ln_pre(
             x + resized_positions(self._positions, self.positional_embedding, x.shape[1])
         )
@@ -294,19 +261,6 @@ class VisionTransformer(nn.Module):
         """
         device, hook = self.proj.device, getattr(self, "_hf_hook", None)
         return torch.device(hook.execution_device) if device.type == "meta" and hook else device
-
-    def _embed_patches(self, x: Tensor) -> Tensor:
-        """Crops [N, 3, H, W] to embedded patches [N, patches, width], row by row."""
-        # Wrapped, or offloaded and brought by its call alone: it has to run as it is.
-        if type(self.conv1) is not nn.Conv2d or self.conv1.weight.is_meta:
-            return self.conv1(x).flatten(2).transpose(1, 2)
-        # Patches do not overlap, so the convolution is one plain product, 2.6x (float32) to 8x
-        # (bfloat16) as fast on a CPU as the convolution.
-        patch = self.patch_size[0]
-        rows, columns = x.shape[2] // patch, x.shape[3] // patch
-        patches = x.unflatten(3, (columns, patch)).unflatten(2, (rows, patch))
-        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        return F.linear(patches, self.conv1.weight.flatten(1))
 
     def extract_crops(
         self,
@@ -418,21 +372,7 @@ class VisionTransformer(nn.Module):
 
     def adapter_index(self, index: Sequence[int | None] | None = None) -> list[int | None]:
         """The adapter of each crop of an image, checked."""
-        grid, adapters = self.crop_settings.grid, self.lora_repeat_num
-        local = self.crop_settings.crops_per_image - 1
         if index is None:
-            if adapters == 0:
-                return [None] * (local + 1)
-            if local > adapters:
-                raise ValueError(
-                    f"grid {grid} has {local} local crops but there are {adapters} adapters: "
-                    "pass adapter_index, an adapter or None for each crop"
-                )
-            return [*range(local), None]
-        checked = check_adapter_index("adapter_index", index, adapters)
-        if len(checked) != local + 1:
-            raise ValueError(
-                f"adapter_index must have an entry for each of {local + 1} crops; got "
-                f"{len(checked)}"
-            )
-        return checked
+            return default_adapter_index(self.crop_settings.grid, self.lora_repeat_num)
+        crops = self.crop_settings.crops_per_image
+        return check_adapter_index("adapter_index", index, self.lora_repeat_num, crops)

@@ -127,12 +127,12 @@ def _is_ours(out: Tensor, base: Callable[[Tensor], Tensor]) -> bool:
     return out.is_contiguous() and not out.requires_grad and not hooked
 
 
-def check_adapter_index(name: str, index: Any, adapters: int) -> list[int | None]:
-    """``index``, the argument called ``name``, as a list of adapters that exist, and None.
+def check_adapter_index(name: str, index: Any, adapters: int, crops: int) -> list[int | None]:
+    """``index``, the argument called ``name``, as a list: an existing adapter or None per crop.
 
     Raises:
         TypeError: it is no sequence, or an entry is neither an integer nor None.
-        ValueError: an entry is out of range.
+        ValueError: an entry is out of range, or there are not as many as crops.
     """
     if not isinstance(index, Sequence) or isinstance(index, (str, bytes)):
         raise TypeError(
@@ -157,7 +157,26 @@ def check_adapter_index(name: str, index: Any, adapters: int) -> list[int | None
                 else f"{name} must be None: the encoder has no adapters; got {number}"
             )
         checked.append(number)
+    if len(checked) != crops:
+        raise ValueError(f"{name} must have an entry for each of {crops} crops; got {len(checked)}")
     return checked
+
+
+def default_adapter_index(grid: tuple[int, int], adapters: int) -> list[int | None]:
+    """Upstream's: local crop i has adapter i, the global crop none; without adapters none has.
+
+    Raises:
+        ValueError: more local crops than adapters.
+    """
+    local = grid[0] * grid[1]
+    if adapters == 0:
+        return [None] * (local + 1)
+    if local > adapters:
+        raise ValueError(
+            f"grid {grid} has {local} local crops but there are {adapters} adapters: pass "
+            "adapter_index, an adapter or None for each crop"
+        )
+    return [*range(local), None]
 
 
 def select_adapters(

@@ -1,68 +1,56 @@
-"""The encoder for a fixed number of images, recorded once as a CUDA graph and replayed."""
+"""The encoder's pass over a fixed number of crops, recorded once as a CUDA graph and replayed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from monkey_kernels.checks import check_positive_int
-
-if TYPE_CHECKING:
-    from monkey_model.visual import VisionTransformer
+from monkey_model.encoder.parameter_cache import held_values
 
 
 class GraphedEncoder:
-    """``encoder.encode_crops`` in one launch: crops of ``images`` images to their visual tokens.
+    """What ``encode`` launches, in one launch: crops to their visual tokens, for inference.
 
-    For inference. A graph reads the parameters where they lie: make it again after moving, casting
-    or training the encoder. Compile the encoder first to replay compiled blocks.
+    A graph reads the parameters where they lie: make it again after moving, casting or training the
+    encoder.
 
     Args:
         encoder: in eval mode, on a CUDA or ROCm device.
-        images: in every call.
-        adapter_index: as in ``encode_images``.
+        encode: crops to visual tokens, by the parameters and caches of ``encoder``; it never waits
+            for the device.
+        crops: of the shape and dtype of every call. The graph reads them: they are written over.
 
     Raises:
-        ValueError: the encoder is on another device or in training mode, or images is not positive.
+        ValueError: the encoder is in training mode, or ``crops`` are on another device.
 
     Source: torch.cuda.CUDAGraph.
     """
 
     def __init__(
-        self,
-        encoder: VisionTransformer,
-        images: int,
-        adapter_index: Sequence[int | None] | None = None,
+        self, encoder: nn.Module, encode: Callable[[Tensor], Tensor], crops: Tensor
     ) -> None:
-        device = encoder.transformer.get_cast_device()
-        check_positive_int("images", images)
-        if device.type != "cuda":
-            raise ValueError(f"encoder must be on a CUDA or ROCm device; got {device}")
+        if crops.device.type != "cuda":
+            raise ValueError(f"encoder must be on a CUDA or ROCm device; got {crops.device}")
         if encoder.training:
             raise ValueError("encoder must be in eval mode; got training mode")
-        index = encoder.adapter_index(adapter_index) * images
-        side, dtype = encoder.crop_settings.crop_size, encoder.transformer.get_cast_dtype()
-        self._crops = torch.zeros(len(index), 3, side, side, device=device, dtype=dtype)
-        selection = encoder._select(index, len(index))
-        with torch.no_grad(), torch.cuda.device(device):
+        self._crops = crops
+        with torch.no_grad(), torch.cuda.device(crops.device):
             warm_up = torch.cuda.Stream()
             warm_up.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(warm_up):  # compiles, tunes and fills caches
                 for _ in range(3):
-                    encoder._tokens(self._crops, selection)
+                    encode(crops)
             torch.cuda.current_stream().wait_stream(warm_up)
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph):
-                self._tokens = encoder._tokens(self._crops, selection)
+                self._tokens = encode(crops)
         # What the graph reads has to stay where it is, the caches' contents too.
-        caches = encoder._positions, encoder.attn_pool._positions, encoder.attn_pool._folded
-        self._alive = encoder, selection, [cache._held for cache in caches]
+        self._alive = encoder, encode, held_values(encoder)
 
     def __call__(self, crops: Tensor) -> Tensor:
-        """[images * crops_per_image, 3, crop_size, crop_size] to [..., n_queries, output_dim].
+        """Crops of the recorded shape, [N, 3, H, W], to [N, n_queries, output_dim].
 
         Raises:
             ValueError: another shape.

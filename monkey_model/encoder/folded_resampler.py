@@ -25,17 +25,12 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from monkey_kernels import resampler_attention
-
-if TYPE_CHECKING:
-    from monkey_model.encoder.resampler import Resampler
-
 
 # Of the triangle R. 4 take half the time of the whole square on a CPU, 8 are hardly faster.
 _NORM_BLOCKS = 4
@@ -82,41 +77,51 @@ class FoldedResampler:
         return total.unflatten(0, x.shape[:2])
 
 
-def fold_resampler(resampler: Resampler, position_table: Tensor) -> FoldedResampler:
-    """Multiply out the weights of ``resampler`` in float64, which autocast leaves alone.
+def fold_resampler(
+    *,
+    query: Tensor,
+    query_positions: Tensor,
+    ln_q: nn.LayerNorm,
+    kv_proj: nn.Linear,
+    ln_kv: nn.LayerNorm,
+    key_positions: Tensor,
+    attn: nn.MultiheadAttention,
+) -> FoldedResampler:
+    """Multiply out the weights of a resampler in float64, which autocast leaves alone.
 
     Args:
-        resampler: with a plain ``nn.Linear`` as kv_proj and a plain ``nn.MultiheadAttention``.
-        position_table: P [N, E], of the tokens.
+        query: the learned queries [Nq, E], and query_positions: added to them after ``ln_q``.
+        kv_proj: W_p, and ln_kv: with a bias.
+        key_positions: P [N, E], of the tokens.
+        attn: the cross-attention.
     """
     with torch.no_grad():
-        attn, norm = resampler.attn, cast(nn.LayerNorm, resampler.ln_kv)
-        dtype, width = resampler.query.dtype, resampler.embed_dim
+        dtype = query.dtype
         precise = torch.promote_types(dtype, torch.float32)
-        g, b = norm.weight.double(), norm.bias.double()
-        projection = cast(nn.Linear, resampler.kv_proj).weight.double()
+        g, b = ln_kv.weight.double(), ln_kv.bias.double()
+        projection = kv_proj.weight.double()
         projection = projection - projection.mean(dim=0)
-        r = torch.linalg.qr(projection / math.sqrt(width), mode="r").R
+        r = torch.linalg.qr(projection / math.sqrt(attn.embed_dim), mode="r").R
         projection *= g[:, None]
         w_q, w_k, w_v = attn.in_proj_weight.chunk(3)
         b_q, b_k, b_v = (bias.double() for bias in attn.in_proj_bias.chunk(3))
 
         # One wide matrix at a time: in float64 each is 134 MB.
-        query = copy.deepcopy(resampler.ln_q).double()(resampler.query.double())
-        query = F.linear(query + resampler.pos_embed.double(), w_q.double(), b_q)
+        normed = copy.deepcopy(ln_q).double()(query.double())
+        projected = F.linear(normed + query_positions.double(), w_q.double(), b_q)
         wide = w_k.double()
         key_weight = wide @ projection
-        key_bias = F.linear(position_table.double() + b, wide, b_k)
+        key_bias = F.linear(key_positions.double() + b, wide, b_k)
         wide = w_v.double()
         value_weight = wide @ projection
         value_bias = wide @ b + b_v
         wide = attn.out_proj.weight.double()
         return FoldedResampler(
-            num_heads=resampler.num_heads,
-            eps=norm.eps,
+            num_heads=attn.num_heads,
+            eps=ln_kv.eps,
             norm=r.to(dtype),
             kv_weight=torch.cat([key_weight, value_weight]).to(dtype),
-            query=query.to(dtype),
+            query=projected.to(dtype),
             key_bias=key_bias.to(dtype),
             out_weight=attn.out_proj.weight.detach(),
             out_bias=(wide @ value_bias + attn.out_proj.bias.double()).to(precise),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 Value = TypeVar("Value")
@@ -54,6 +54,12 @@ class ParameterCache(Generic[Value]):
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_held": None}
+
+
+def held_values(module: nn.Module) -> list[Any]:
+    """What the caches of ``module`` and of its parts hold: kept alive by whoever keeps the list."""
+    attributes = (value for part in module.modules() for value in vars(part).values())
+    return [cache._held for cache in attributes if isinstance(cache, ParameterCache)]
 
 
 def _state(parameter: Tensor) -> tuple[Any, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +126,15 @@ class Resampler(nn.Module):
             return None
 
         def build() -> FoldedResampler:
-            return fold_resampler(self, get_abs_pos(self.pos_embed, tokens))
+            return fold_resampler(
+                query=self.query,
+                query_positions=self.pos_embed,
+                ln_q=cast(nn.LayerNorm, self.ln_q),
+                kv_proj=cast(nn.Linear, self.kv_proj),
+                ln_kv=cast(nn.LayerNorm, self.ln_kv),
+                key_positions=get_abs_pos(self.pos_embed, tokens),
+                attn=self.attn,
+            )
 
         return self._folded.get(parameters, tokens, build)
 

@@ -118,8 +118,8 @@ def test_accuracy_golden_weights(dtype):
 def test_planted_wrong_fold_is_caught(monkeypatch):
     """Without the output's share of the mean: what attention averages would hide it."""
 
-    def wrong(resampler, table):
-        form = right(resampler, table)
+    def wrong(**parts):
+        form = right(**parts)
         form.mean_weight.zero_()
         return form
 
@@ -138,9 +138,9 @@ def builds(monkeypatch):
     made = []
     right = folded_module.fold_resampler
 
-    def counting(*arguments):
+    def counting(**parts):
         made.append(1)
-        return right(*arguments)
+        return right(**parts)
 
     monkeypatch.setattr(resampler_module, "fold_resampler", counting)
     return made

@@ -14,6 +14,7 @@ from PIL import Image
 from monkey_kernels.crops import reference
 from monkey_model.crop_settings import CropSettings
 from monkey_model.encoder.crop_adapters import adapter_bank, select_adapters, with_adapters
+from monkey_model.encoder.vit import embed_patches
 from monkey_model.visual import (
     Lora_Adapter,
     Resampler,
@@ -276,13 +277,13 @@ def test_settings_come_from_a_config_and_unknown_keys_are_ignored():
 def test_patch_embedding_is_the_convolution():
     encoder, crops = tiny_encoder(), torch.randn(2, 3, 28, 28)
     expected = encoder.conv1(crops).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(encoder._embed_patches(crops), expected)
+    torch.testing.assert_close(embed_patches(encoder.conv1, crops), expected)
 
     class Wrapped(torch.nn.Conv2d):
         pass
 
     encoder.conv1.__class__ = Wrapped
-    assert torch.equal(encoder._embed_patches(crops), expected)
+    assert torch.equal(embed_patches(encoder.conv1, crops), expected)
 
 
 def test_half_precision_runs():

@@ -1,4 +1,4 @@
-"""Inference at its fastest: compiled blocks, CUDA graphs, merged adapters, no waiting."""
+"""Inference at its fastest: compiled blocks, CUDA graphs, no waiting."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from monkey_model.encoder.cuda_graph import GraphedEncoder
+from monkey_model.encoder.parameter_cache import held_values
 from tests.helpers.golden import assert_tokens_match, load_golden
 from tests.helpers.numerics import relative_l2
 from tests.helpers.tiny import tiny_encoder
@@ -104,7 +104,18 @@ def test_cuda_graph_needs_a_gpu():
     with pytest.raises(ValueError, match="encoder must be on a CUDA or ROCm device; got cpu"):
         tiny_encoder().cuda_graph(1)
     with pytest.raises(ValueError, match="images must be positive; got 0"):
-        GraphedEncoder(tiny_encoder(), 0)
+        tiny_encoder().cuda_graph(0)
+
+
+def test_values_that_a_graph_keeps_alive():
+    """A fold and both position tables, which a call with gradients makes the encoder forget."""
+    encoder, crops = tiny_encoder(image_size=112, crop_size=56), torch.randn(5, 3, 56, 56)
+    with torch.no_grad():
+        encoder(crops, INDEX)
+    kinds = [type(held[1]) for held in held_values(encoder) if held is not None]
+    assert sorted(kind.__name__ for kind in kinds) == ["FoldedResampler", "Tensor"]
+    encoder(crops, INDEX)
+    assert all(held is None or isinstance(held[1], torch.Tensor) for held in held_values(encoder))
 
 
 @pytest.mark.gpu
