@@ -26,6 +26,7 @@ from monkey_model.files import list_problems
 from monkey_model.inputs.images import load_image
 from monkey_model.inputs.spans import ImageSpan, find_spans, locate, mask_spans, read_path
 from monkey_model.modeling_qwen import QWenLMHeadModel, QWenModel, QWenPreTrainedModel
+from monkey_model.serving.chat import ChatMixin
 from monkey_model.transformers_compat import CACHE, one_cache
 from monkey_model.visual import VisionTransformer
 
@@ -216,7 +217,7 @@ def _may_show_images(input_ids: Tensor, cache: Cache | None) -> bool:
     return cache is None or bool(cache.get_seq_length() == 0)
 
 
-class MonkeyLMHeadModel(MonkeyPreTrainedModel, QWenLMHeadModel):
+class MonkeyLMHeadModel(ChatMixin, MonkeyPreTrainedModel, QWenLMHeadModel):
     """Token ids and pictures to logits; ``generate`` takes ``pixel_values`` too."""
 
     transformer_class = MonkeyModel

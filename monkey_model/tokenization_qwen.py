@@ -19,6 +19,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL.Image import Image, fromarray
 from tokenizers import Tokenizer, normalizers
 from transformers import AutoTokenizer, BatchEncoding
 from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode
@@ -31,6 +32,7 @@ from monkey_model.configuration_qwen import QWenConfig
 from monkey_model.crop_settings import CropSettings
 from monkey_model.files import atomic
 from monkey_model.inputs import prompts
+from monkey_model.inputs.boxes import boxes_with_refs, draw_boxes
 from monkey_model.inputs.prompts import (
     CHAT_TEMPLATE,
     ENDOFTEXT,
@@ -384,6 +386,61 @@ class QWenTokenizer(TokenizersBackend):
             ValueError: a tag that is not closed.
         """
         return prompts.to_list_format(text)
+
+    def _fetch_latest_picture(
+        self, response: str, history: Sequence[tuple[str, str | None]] | None
+    ) -> str | None:
+        """The path of the last picture in ``response`` and the queries of a history, or None."""
+        for text in (response, *(query for query, _ in reversed(history or ()))):
+            for part in reversed(self.to_list_format(text)):
+                if "image" in part:
+                    return part["image"]
+        return None
+
+    def _fetch_all_box_with_ref(self, text: str) -> list[dict[str, Any]]:
+        """See :func:`monkey_model.inputs.boxes.boxes_with_refs`."""
+        return boxes_with_refs(self.to_list_format(text))
+
+    def draw_bbox_on_latest_picture(
+        self,
+        response: str,
+        history: Sequence[tuple[str, str | None]] | None = None,
+        *,
+        image_root: str | os.PathLike[str] | None = None,
+        allow_urls: bool = False,
+        font: str | os.PathLike[str] | None = None,
+    ) -> Image | None:
+        """The last picture of a talk with the boxes of a reply on it; None if it lacks either.
+
+        Args:
+            response: the reply, or a text that holds prompt and reply.
+            history: queries and replies before it.
+            image_root: directory that the picture's path is relative to and may not leave; None for
+                the working directory and no limit. A reply may name a picture too: give what
+                ``model.transformer.image_root`` is where you do not trust the talk.
+            allow_urls: whether an http(s) address is fetched.
+            font: file of a font for the refs; by default Pillow's own, which has Latin letters.
+
+        Returns:
+            An RGB picture, upright.
+
+        Raises:
+            ValueError: a tag that is not closed, a box that does not read ``(x1,y1),(x2,y2)``, or
+                the errors of :func:`monkey_model.inputs.images.load_image`.
+            OSError: the picture, or ``font``, cannot be read.
+
+        Source: upstream ``QWenTokenizer.draw_bbox_on_latest_picture``, whose ``VisImage`` has the
+        method ``save`` too, and whose colours are random.
+        """
+        boxes = self._fetch_all_box_with_ref(response)
+        path = self._fetch_latest_picture(response, history)
+        if path is None or not boxes:
+            return None
+        from monkey_model.inputs.images import load_image  # ids alone need no kernels
+        from monkey_model.inputs.spans import locate
+
+        pixels = load_image(locate(path, image_root), allow_urls=allow_urls)
+        return draw_boxes(fromarray(pixels.numpy()), boxes, font)
 
     # ---- files ------------------------------------------------------------------------------
 
