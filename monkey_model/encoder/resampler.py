@@ -160,9 +160,7 @@ class Resampler(nn.Module):
         """
         if attn_mask is None and (folded := self._fold(x.shape[1])) is not None:
             return folded(x)
-        tokens = self.ln_kv(self.kv_proj(x))
-        query = self.ln_q(self.query) + self.pos_embed
-        keys = tokens + resized_positions(self._positions, self.pos_embed, tokens.shape[1])
+        query, keys, tokens = self._attended(x)
         if type(self.attn) is not nn.MultiheadAttention:
             # Something wraps the attention as a whole and has to run as it is.
             repeated = query[:, None].expand(-1, tokens.shape[0], -1)
@@ -176,6 +174,41 @@ class Resampler(nn.Module):
         else:
             out = self._masked_attention(q, k, v, attn_mask)
         return self.attn.out_proj(out)
+
+    def attention_weights(self, x: Tensor) -> Tensor:
+        """Where each query reads: softmax(q k^T / sqrt(head width)), in plain torch, not folded.
+
+        It is what :meth:`forward`, which never holds it in memory, multiplies the values by. At
+        real size it takes 32 MiB for each crop.
+
+        Args:
+            x: tokens [crops, N, kv_dim].
+
+        Returns:
+            [crops, num_heads, grid_size**2, N], at least float32; rows sum to 1.
+
+        Raises:
+            TypeError: something wraps the attention as a whole, as an adapter of peft's does.
+        """
+        if type(self.attn) is not nn.MultiheadAttention:
+            raise TypeError(
+                "attn must be a plain nn.MultiheadAttention, with what wraps it merged, to say "
+                f"where it reads; got {type(self.attn).__name__}"
+            )
+        query, keys, _ = self._attended(x)
+        weight, bias = self._in_proj()
+        q, k = map(F.linear, (query, keys), weight.chunk(3)[:2], bias.chunk(3)[:2])
+        q, k = (y.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2) for y in (q, k))
+        wide = torch.promote_types(q.dtype, torch.float32)
+        scores = (q.to(wide) * q.shape[-1] ** -0.5) @ k.to(wide).transpose(-2, -1)
+        return scores.softmax(dim=-1)
+
+    def _attended(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the attention takes: queries [Nq, E], keys and values [crops, N, E]."""
+        tokens = self.ln_kv(self.kv_proj(x))
+        query = self.ln_q(self.query) + self.pos_embed
+        keys = tokens + resized_positions(self._positions, self.pos_embed, tokens.shape[1])
+        return query, keys, tokens
 
     def _in_proj(self) -> tuple[Tensor, Tensor]:
         """The packed projection's weight and bias, also where accelerate offloads them."""

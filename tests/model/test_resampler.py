@@ -16,7 +16,7 @@ from monkey_model.encoder import positions as positions_module
 from monkey_model.encoder import resampler as resampler_module
 from monkey_model.encoder.resampler import Resampler, get_abs_pos
 from tests.helpers.golden import load_golden
-from tests.helpers.numerics import relative_l2
+from tests.helpers.numerics import check_error, relative_l2
 
 SMALL = {"grid_size": 4, "embed_dim": 256, "num_heads": 2, "kv_dim": 96}
 REAL = {"grid_size": 16, "embed_dim": 4096, "num_heads": 32, "kv_dim": 1664}
@@ -431,3 +431,40 @@ def test_masks_are_multihead_attentions():
     for mask in (boolean, torch.randn(16, 9), torch.randn(6, 16, 9), boolean.expand(6, -1, -1)):
         expected = resampler.attn(query, keys, tokens, attn_mask=mask)[0].transpose(0, 1)
         torch.testing.assert_close(resampler(x, attn_mask=mask), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@torch.no_grad()
+def test_attention_weights_multiplied_out_are_the_output(dtype):
+    resampler, x = make_resampler().to(dtype), tokens_like("normal", (3, 49, 96)).to(dtype)
+    weights = resampler.attention_weights(x)
+    assert weights.dtype == torch.float32 and weights.shape == (3, 2, 16, 49)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(3, 2, 16))
+
+    attn, tokens = resampler.attn, resampler.ln_kv(resampler.kv_proj(x))
+    value = nn.functional.linear(
+        tokens, attn.in_proj_weight.chunk(3)[2], attn.in_proj_bias.chunk(3)[2]
+    )
+    value = value.unflatten(-1, (2, -1)).transpose(1, 2)
+    ours = attn.out_proj((weights @ value.float()).transpose(1, 2).flatten(2).to(dtype))
+    exact = plain_form(copy.deepcopy(resampler).double(), x.double())
+    check_error("multiplied out", ours, plain_form(resampler, x), exact)
+    check_error("the module", resampler.fold(False)(x), plain_form(resampler, x), exact)
+
+
+@torch.no_grad()
+def test_attention_weights_are_those_of_torch():
+    resampler, x = make_resampler().double(), tokens_like("normal", (3, 49, 96)).double()
+    tokens = resampler.ln_kv(resampler.kv_proj(x)).transpose(0, 1)
+    query = resampler.ln_q(resampler.query) + resampler.pos_embed
+    keys = tokens + get_abs_pos(resampler.pos_embed, 49)[:, None]
+    _, expected = resampler.attn(
+        query[:, None].expand(-1, 3, -1), keys, tokens, average_attn_weights=False
+    )
+    torch.testing.assert_close(resampler.attention_weights(x), expected)
+
+
+def test_attention_weights_need_the_attention_itself():
+    wrapped = get_peft_model(make_resampler(), LoraConfig(target_modules=["attn"]))
+    with pytest.raises(TypeError, match=r"attn must be a plain nn\.MultiheadAttention, with what"):
+        wrapped.base_model.model.attention_weights(torch.zeros(1, 4, 96))
