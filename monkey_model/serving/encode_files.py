@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from monkey_kernels import CLIP_MEAN, CLIP_STD
 from monkey_model.crop_settings import CropSettings
 from monkey_model.files import atomic
 from monkey_model.inputs.fetch import shown
 from monkey_model.inputs.images import load_image
+from monkey_model.serving.crop_pictures import draw_crops
 from monkey_model.visual import VisionTransformer
 
 # A stand-in for people without a checkpoint: the real head widths and token count, few weights.
@@ -82,37 +81,6 @@ def output_paths(images: Sequence[str], out: Path | None, preview: Path | None) 
         with atomic(path, keep=False):
             pass  # the folder is there, or can be made, and takes files
     return paths
-
-
-def draw_crops(crops: Tensor, grid: tuple[int, int], adapters: Sequence[int | None]) -> Any:
-    """A picture of what the model sees: the local crops in place, the global crop beside them.
-
-    Args:
-        crops: one image's normalised crops [R*C + 1, 3, S, S].
-        grid: (rows R, columns C).
-        adapters: the adapter of each crop, None for none.
-
-    Returns:
-        A PIL image.
-    """
-    rows, columns = grid
-    side, gap, bar = crops.shape[-1], 16, 36
-    mean, std = (torch.tensor(c).view(3, 1, 1) for c in (CLIP_MEAN, CLIP_STD))
-    pixels = ((crops.float().cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-    cell = side + bar + gap
-    picture = Image.new("RGB", ((columns + 1) * (side + gap) + 2 * gap, rows * cell + gap), "white")
-    draw = ImageDraw.Draw(picture)
-    font = ImageFont.load_default(22)
-    for number, (crop, adapter) in enumerate(zip(pixels, adapters, strict=True)):
-        is_global = number == rows * columns
-        row, column = (0, columns) if is_global else divmod(number, columns)
-        x = gap + column * (side + gap) + (gap if is_global else 0)
-        y = gap + row * cell
-        kind = "global" if is_global else f"row {row}, column {column}"
-        label = "no adapter" if adapter is None else f"adapter {adapter}"
-        draw.text((x, y + 4), f"crop {number} ({kind}): {label}", fill="black", font=font)
-        picture.paste(Image.fromarray(crop.permute(1, 2, 0).numpy()), (x, y + bar))
-    return picture
 
 
 @torch.inference_mode()
