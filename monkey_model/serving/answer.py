@@ -136,6 +136,18 @@ class Answerer:
             TypeError, ValueError, OSError: a picture that cannot be read, or a text that cannot be
                 tokenised.
         """
+        prompts, output = self.generate(questions, images)
+        new = output.sequences[:, prompts.shape[1] :].cpu()
+        texts = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def generate(
+        self, questions: Sequence[Question], images: Sequence[Sequence[Tensor]] | None = None
+    ) -> tuple[Tensor, Any]:
+        """The prompts' ids [B, T], padded on the left, and all that ``model.generate`` returns.
+
+        The arguments and errors are those of :meth:`answer`.
+        """
         if images is None:
             images = [self.read_images(question) for question in questions]
         tokenizer, device = self.processor.tokenizer, self.model.device
@@ -152,9 +164,9 @@ class Answerer:
             max_new_tokens=self.max_new_tokens,
             pad_token_id=tokenizer.eod_id,
             eos_token_id=[tokenizer.eod_id, tokenizer.im_end_id],
+            return_dict_in_generate=True,
         )
-        new = output[:, inputs["input_ids"].shape[1] :].cpu()
-        return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+        return inputs["input_ids"], output
 
 
 def read_questions(
