@@ -1,69 +1,216 @@
-"""What every run records beside its figures: where it ran, how, and what did not run and why."""
+"""A run of the benchmarks: in what order, in what time, and what is kept of it.
+
+Rows run in the order of how much they say, until MONKEY_BENCHMARK_SECONDS are over. After each row
+the run's JSON is written anew (to ``--benchmark-json``, or ``.benchmarks/run.json``), so that a run
+that is killed keeps its rows; a group's table is printed when its rows are done.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
-import os
+import json
 import platform
+import signal
 import subprocess
-import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import timing
+from benchmarks import report, timing
 from benchmarks.baselines import why_missing
-from benchmarks.workloads import DEVICE, DTYPES, LAYERS, SCALE
+from benchmarks.timing import BUDGET
+from benchmarks.workloads import DEVICE, DTYPES, FASTEST, LAYERS, SCALE
+from monkey_model.files import atomic
 
+#: The most telling first: what does not fit into the time is cut off the end.
+ORDER = (
+    "test_one_photo[4000x3000", "test_encoder[", "test_resampler[", "test_block",
+    "test_bench_whole_model", "test_saved_by_a_block", "test_training_memory", "test_attention",
+    "test_training_step", "test_published_depth", "test_resampler_training", "test_one_photo",
+    "test_ragged_photos", "test_decode", "test_peak", "test_cold_start",
+)  # fmt: skip
 _PACKAGES = ("triton", "transformers", "numpy", "pillow", "torchvision", "flash-attn")
-_not_run = pytest.StashKey[list[dict[str, str]]]()
-_start = time.monotonic()
 
-#: Seconds after which no further benchmark starts, where the time is limited (gpu.sh).
-SECONDS = float(os.environ.get("MONKEY_BENCHMARK_SECONDS", "inf"))
+
+class Session:
+    """What a run has so far."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.path = Path(config.getoption("benchmark_json", None) or ".benchmarks/run.json")
+        self.benchmarks: list[Any] = []
+        self.not_run: list[dict[str, str]] = []
+        self.open_group: list[report.Row] = []  # whose table is not printed yet
+        self._facts: dict[str, Any] = {}
+
+    def write(self, line: str) -> None:
+        with self.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            self.config.get_terminal_writer().line(line, flush=True)
+
+    def finished(self, stats: Any) -> None:
+        """Keep a row: in the file, too."""
+        self.benchmarks.append(stats)
+        hook = self.config.hook
+        if not self._facts:
+            machine = hook.pytest_benchmark_generate_machine_info(config=self.config)
+            hook.pytest_benchmark_update_machine_info(config=self.config, machine_info=machine)
+            commit = hook.pytest_benchmark_generate_commit_info(config=self.config)
+            self._facts = {"machine_info": machine, "commit_info": commit}
+        data = hook.pytest_benchmark_generate_json(
+            config=self.config, benchmarks=self.benchmarks, include_data=False, **self._facts
+        )
+        hook.pytest_benchmark_update_json(
+            config=self.config, benchmarks=self.benchmarks, output_json=data
+        )
+        with atomic(self.path) as name:
+            Path(name).write_text(json.dumps(data, indent=1), encoding="utf-8")
+        self.open_group.append(report.Row.from_json(data["benchmarks"][-1]))
+
+    def close_group(self) -> None:
+        if self.open_group:
+            self.write("\n" + report.row_table(self.open_group))
+            self.open_group = []
+
+
+_session = pytest.StashKey[Session]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_not_run] = []
+    config.stash[_session] = Session(config)
+    config.option.benchmark_quiet = True  # its table knows no baseline and no error
+    config.option.reportchars = ""  # what did not run has a table
 
 
-def pytest_runtest_setup() -> None:
-    if time.monotonic() - _start > SECONDS:
-        pytest.skip(f"the {SECONDS:g} s given for the benchmarks were over")
+def _parameters(item: Any) -> dict[str, Any]:
+    return item.callspec.params if hasattr(item, "callspec") else {}
 
 
-@pytest.fixture(autouse=True)
-def _skip_missing_provider(request: pytest.FixtureRequest) -> None:
-    callspec = getattr(request.node, "callspec", None)
-    reason = why_missing(callspec.params.get("provider", "")) if callspec else None
-    if reason:
-        pytest.skip(reason)
+def _group(item: pytest.Item) -> str:
+    """Names the rows that are compared with each other."""
+    others = {k: v for k, v in _parameters(item).items() if k != "provider"}
+    return f"{item.nodeid.partition('[')[0]} {others}"
+
+
+def _rank(item: pytest.Item) -> tuple[int, int]:
+    """Late are a CPU's slower dtype, and behind it compiled rivals."""
+    parameters = _parameters(item)
+    provider, slower = parameters.get("provider", ""), {*DTYPES} - {FASTEST}
+    if "compiled" in provider and (DEVICE.type == "cpu" or not provider.startswith("ours")):
+        late = 2
+    else:
+        late = "memory" not in item.nodeid and not slower.isdisjoint(map(str, parameters.values()))
+    places = [place for place, part in enumerate(ORDER) if part in item.nodeid]
+    return late, min(places, default=len(ORDER))
+
+
+def _missing(item: pytest.Item) -> str | None:
+    return why_missing(_parameters(item).get("provider", ""))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = [item for item in items if Path(__file__).parent in item.path.parents]
+    groups = list(dict.fromkeys(map(_group, here)))
+
+    def key(item: pytest.Item) -> tuple[Any, ...]:
+        ours = _parameters(item).get("provider", "").startswith("ours")
+        return (*_rank(item), groups.index(_group(item)), not ours)
+
+    items[:] = [*(item for item in items if item not in here), *sorted(here, key=key)]
+    skipped = [any(m.args[0] for m in i.iter_markers("skipif")) or bool(_missing(i)) for i in here]
+    BUDGET.rows = skipped.count(False)
+
+
+# ---- each row ---------------------------------------------------------------------------------
+
+
+def _time_is_over(*_: Any) -> None:
+    pytest.skip("no time left: stopped")
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
-    """No row is missing in silence: a benchmark that was skipped or failed is listed."""
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """An alarm stops the row that is running when time is over."""
+    before = signal.signal(signal.SIGALRM, _time_is_over)
+    try:
+        return (yield)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
+def _alarm() -> Iterator[None]:
+    signal.setitimer(signal.ITIMER_REAL, max(BUDGET.left(), 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    BUDGET.check()
+    if reason := _missing(item):
+        pytest.skip(reason)
+    spent = f"{BUDGET.spent():.0f} of {BUDGET.seconds:g} s"
+    item.config.stash[_session].write(f"\n[{spent}, {BUDGET.rows} rows to go] {item.name}")
+    with _alarm():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    with _alarm():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: Any, call: pytest.CallInfo) -> Iterator[None]:
+    """Keep a row; one that was skipped or failed is listed."""
     report: Any = yield
+    session = item.config.stash[_session]
     if report.outcome != "passed":
         reason = str(call.excinfo.value).split("\n")[0]
         if report.failed:
             reason = f"{call.excinfo.typename}: {reason}"
         row = {"name": item.name, "outcome": report.outcome, "reason": reason}
-        item.config.stash[_not_run].append(row)
+        session.not_run.append(row)
+    elif report.when == "call" and (stats := item.funcargs["benchmark"].stats):
+        session.finished(stats)
     return report
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    BUDGET.rows -= 1
+    if nextitem is None or _group(nextitem) != _group(item):
+        item.config.stash[_session].close_group()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_terminal_summary(config: pytest.Config) -> None:
+    """After Ctrl-C, too."""
+    session = config.stash[_session]
+    session.close_group()
+    if session.benchmarks:
+        session.write(f"\n{len(session.benchmarks)} rows are in {session.path}")
+    if session.not_run:
+        session.write(f"not run:\n{report.not_run(session.not_run)}")
+
+
+# ---- what every run records beside its figures -------------------------------------------------
 
 
 def _cpu_name() -> str:
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [
-                line.split(":", 1)[1].strip() for line in file if line.startswith("model name")
-            ]
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        names = []
-    return names[0] if names else platform.processor()
+        return platform.processor()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
 
 
 def _version(package: str) -> str | None:
@@ -82,26 +229,22 @@ def _driver() -> str | None:
     return done.stdout.splitlines()[0]
 
 
-def pytest_benchmark_update_machine_info(config, machine_info):
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
     for private in ("node", "release"):  # the host's name and kernel are nobody's business
         machine_info.pop(private, None)
-    machine_info["cpu"] = {
-        "brand_raw": _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "amx": torch.cpu._is_amx_tile_supported(),  # decides how fast bfloat16 is
-    }
-    machine_info["torch"] = torch.__version__
-    machine_info.update({package: _version(package) for package in _PACKAGES})
-    machine_info["gpu"] = None
+    amx = torch.cpu._is_amx_tile_supported()  # decides how fast bfloat16 is
+    cpu = {"brand_raw": _cpu_name(), "threads": torch.get_num_threads(), "amx": amx}
+    machine_info |= {"cpu": cpu, "gpu": None, "torch": torch.__version__}
+    machine_info |= {package: _version(package) for package in _PACKAGES}
+    machine_info["settings"] = {"scale": SCALE, "layers": LAYERS, "dtypes": DTYPES}
     if DEVICE.type == "cuda":
         machine_info["gpu"] = torch.cuda.get_device_name()
         machine_info["driver"] = _driver()
         machine_info["cuda"] = torch.version.cuda or torch.version.hip
-    machine_info["settings"] = {"scale": SCALE, "layers": LAYERS, "dtypes": DTYPES}
 
 
-def pytest_benchmark_update_json(config, benchmarks, output_json):
-    output_json["not_run"] = config.stash[_not_run]
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
+    output_json["not_run"] = config.stash[_session].not_run
     for row in output_json["benchmarks"]:  # the rounds are in the statistics
         row["stats"].pop("data", None)
     if DEVICE.type == "cuda":

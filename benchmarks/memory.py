@@ -1,4 +1,4 @@
-"""What autograd keeps for backward, and how much memory a process took."""
+"""What autograd keeps for backward, counted."""
 
 from __future__ import annotations
 
@@ -53,19 +53,6 @@ def without_memory(module: nn.Module) -> None:
 def total_bytes(tensors: list[Tensor]) -> int:
     """Of their storages."""
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
-
-
-def forget_peak() -> None:
-    """Start the peak of :func:`peak_rss` anew. Linux only."""
-    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-        file.write("5")
-
-
-def peak_rss() -> int:
-    """Most bytes of memory that this process held since :func:`forget_peak`. Linux only."""
-    with open("/proc/self/status", encoding="ascii") as file:
-        line = next(line for line in file if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
 
 
 def record(benchmark: Any, count: Callable[[], float], unit: str) -> None:

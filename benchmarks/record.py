@@ -1,9 +1,8 @@
 """Make a run that is kept, and write the pages: ``python -m benchmarks.record``.
 
-On a clean tree, runs the benchmarks and compiles the kernels for every architecture, files both
-under ``benchmarks/results``, draws the plots and renders README.md's and benchmarks/README.md's
-tables.
-``--from RUN.json`` files a run that was made elsewhere (by ``gpu.sh``) instead.
+Runs the benchmarks on a clean tree and compiles the kernels for every architecture, files both
+under ``benchmarks/results``, renders the pages and prints the targets that changed. ``--from OUT``
+files a run that was made elsewhere instead: a JSON file, or the folder of ``gpu.sh``.
 """
 
 from __future__ import annotations
@@ -20,24 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
-from benchmarks.results import RESULTS, ROOT, load, newest_runs
+from benchmarks.report import RESULTS, ROOT, Run, newest_runs
 from monkey_model.files import atomic
 
 
-def check_clean(root: Path = ROOT) -> None:
-    """A figure belongs to a commit.
-
-    Raises:
-        RuntimeError: the tree has changes that no commit holds.
-    """
-    changes = _git("status", "--porcelain", root=root)
-    if changes:
-        raise RuntimeError(f"the tree is dirty: commit first\n{changes}")
-
-
-def _git(*arguments: str, root: Path = ROOT) -> str:
-    command = ["git", *arguments]
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+def _output(*command: str) -> str:
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
 def _write(path: Path, data: Any) -> None:
@@ -49,7 +36,7 @@ def file_run(path: Path, commit: str | None = None, results: Path = RESULTS) -> 
     """Copy a run to ``<device>/<date>-<commit>.json`` among the results, and return that.
 
     Args:
-        path: what ``--benchmark-json`` wrote.
+        path: what ``pytest benchmarks`` wrote.
         commit: that it was made at, for a run in a copy that was no git checkout.
         results: the folder of all results.
 
@@ -57,72 +44,59 @@ def file_run(path: Path, commit: str | None = None, results: Path = RESULTS) -> 
         OSError: the file cannot be read.
         ValueError: no run, one at the scale "tiny", one of a dirty tree, or of no commit.
     """
-    run, data = load(path), json.loads(path.read_text(encoding="utf-8"))
+    run = Run(path)
     if run.machine.get("settings", {}).get("scale") != "real":
         raise ValueError(f"{path} is not a run at real scale: its figures mean nothing")
     if commit is not None:
-        data["commit_info"].update(id=commit, dirty=False)
-    if data["commit_info"].get("dirty"):
+        run.data["commit_info"].update(id=commit, dirty=False)
+    if run.data["commit_info"].get("dirty"):
         raise ValueError(f"{path} was made on a dirty tree: its figures belong to no commit")
-    commit = data["commit_info"]["id"]
+    commit = commit or run.commit
     if not re.fullmatch(r"[0-9a-f]{7,40}", commit):
         raise ValueError(f"{path} names no commit ({commit}): pass --commit with the one it ran at")
-    home = results / run.device / f"{run.date}-{commit[:7]}.json"
-    _write(home, data)
+    home = results / run.device / f"{run.time[:10]}-{commit[:7]}.json"
+    _write(home, run.data)
     return home
 
 
-def record_kernels(path: Path = report.AHEAD_OF_TIME) -> None:
-    """Compile every kernel for every architecture and keep what came out.
-
-    Raises:
-        RuntimeError: a kernel does not compile as it should.
-    """
-    import triton
-
+def _run_all(folder: Path) -> Path:
+    """Compile every kernel for every architecture, then run all benchmarks."""
+    if changes := _output("git", "status", "--porcelain"):
+        raise RuntimeError(f"the tree is dirty: commit first\n{changes}")
+    kernels, run = folder / "kernels.json", folder / "run.json"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / "kernels.json"
-        command = [sys.executable, "-m", "monkey_kernels.aot", "--json", str(made)]
-        if subprocess.run(command, cwd=ROOT, env=environment).returncode:
-            raise RuntimeError("python -m monkey_kernels.aot failed")
-        kernels = json.loads(made.read_text(encoding="utf-8"))
-    commit = _git("rev-parse", "HEAD").strip()
-    _write(path, {"commit": commit, "triton": triton.__version__, "kernels": kernels})
-
-
-def run_benchmarks(path: Path) -> None:
-    """Run them all, the result into ``path``.
-
-    Raises:
-        RuntimeError: a benchmark failed.
-    """
-    command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only"]
-    if subprocess.run([*command, f"--benchmark-json={path}"], cwd=ROOT).returncode:
-        raise RuntimeError(f"a benchmark failed: nothing is filed; the others are in {path}")
+    for command in (
+        ["monkey_kernels.aot", "--json", kernels],
+        ["pytest", "benchmarks", "--benchmark-only", f"--benchmark-json={run}"],
+    ):
+        done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=environment)
+        if done.returncode:
+            raise RuntimeError(f"{command[0]} failed: nothing is filed; what ran is in {folder}")
+    commit, triton = _output("git", "rev-parse", "HEAD").strip(), Run(run).machine["triton"]
+    made = {"commit": commit, "triton": triton, "kernels": json.loads(kernels.read_text())}
+    _write(RESULTS / "ahead-of-time.json", made)
+    return run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.record", description=__doc__)
-    parser.add_argument("--from", dest="source", type=Path, metavar="RUN.json")
-    parser.add_argument("--commit", help="that RUN.json was made at, where it does not say")
+    parser.add_argument("--from", dest="source", type=Path, metavar="OUT")
+    parser.add_argument("--commit", help="that OUT was made at, where it does not say")
     options = parser.parse_args(arguments)
     if options.commit and not options.source:
         parser.error("--commit goes with --from")
     try:
-        source = options.source
-        if source is None:
-            check_clean()
-            source = Path(tempfile.mkdtemp()) / "run.json"
-            run_benchmarks(source)
+        before = report.targets(newest_runs()).splitlines()
+        source = options.source or _run_all(Path(tempfile.mkdtemp()))
+        source = source / "benchmarks.json" if source.is_dir() else source
         home = file_run(source, options.commit)
-        if options.source is None:
-            record_kernels()
-        report.write(newest_runs())
+        runs = newest_runs()
+        report.write(runs)
     except (OSError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:
-        print(f"record: {error}", file=sys.stderr)
+        print(f"Error: {error}", file=sys.stderr)
         return 1
-    print(f"{home.relative_to(ROOT)} is filed; look at it, and commit it with the pages and plots")
+    print(*(line for line in report.targets(runs).splitlines() if line not in before), sep="\n")
+    print(f"{home.relative_to(ROOT)} is filed; look at it, and commit it with the pages")
     return 0
 
 

@@ -1,27 +1,124 @@
-"""Tables and plots of committed runs, in README.md and benchmarks/README.md.
+"""Tables of runs: ``python -m benchmarks.report [RUN.json]``.
 
-``python -m benchmarks.report`` rewrites every block ``<!-- benchmarks: KIND -->`` to
-``<!-- end of KIND -->`` from what is committed under ``benchmarks/results`` (of each device the
-newest run), and draws the plots. A test fails while pages and results differ, so that no figure
-there is typed by hand.
+Without a run, every block ``<!-- benchmarks: KIND -->`` to ``<!-- end of KIND -->`` of README.md
+and benchmarks/README.md is rendered from the newest run of each device under ``results``. A test
+fails while pages and results differ, so that no figure there is typed by hand.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from benchmarks import plots
-from benchmarks.results import RESULTS, ROOT, Row, Run, Spread, baseline, gain, newest_runs
-from benchmarks.targets import TARGETS, Target, find_run, measure
 from monkey_model.files import atomic
 
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
-AHEAD_OF_TIME = RESULTS / "ahead-of-time.json"
 _BLOCK = re.compile(r"(<!-- benchmarks: ([\w ]+) -->\n)(.*?)(<!-- end of \2 -->)", re.S)
+#: README's figures: how a group's name starts, and a provider.
+_HEADLINES = (
+    ("crops: 4000x3000, bicubic", "ours"), ("resampler + ln_post + proj", "ours"),
+    ("encoder, 48 layers", "ours"), ("training step", "ours"),
+    ("training, LLM and encoder", "ours, checkpointed"),
+)  # fmt: skip
+
+Spread = dict[str, float]  #: "median", "q1" and "q3"
+
+
+class Row(NamedTuple):
+    """One provider of one group."""
+
+    group: str
+    provider: str
+    value: Spread
+    unit: str  #: "s", "MiB" or "GiB": less is better in each
+    info: dict[str, Any]  #: with "speed", how many times faster than "against", round by round
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> Row:
+        info = row["extra_info"]
+        value = {"unit": "s", **row["stats"], **info.get("value", {})}
+        spread = {key: float(value[key]) for key in ("median", "q1", "q3")}
+        return cls(row["group"], row["params"]["provider"], spread, value["unit"], info)
+
+
+@dataclass
+class Run:
+    """A file that pytest-benchmark wrote.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no run of these benchmarks; the message says what is missing.
+    """
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        text = self.path.read_text(encoding="utf-8")
+        try:
+            self.data = data = json.loads(text)
+            self.rows = [Row.from_json(row) for row in data["benchmarks"]]
+            self.machine, self.commit = data["machine_info"], data["commit_info"]["id"]
+            self.time, cpu = data["datetime"], self.machine["cpu"]
+            self.gpu = self.machine["gpu"]
+            self.where = self.gpu or f"{cpu['brand_raw']}, {cpu['threads']} threads"
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{self.path} is not JSON: {error}") from None
+        except (KeyError, TypeError, AttributeError) as error:
+            what = f"{type(error).__name__} {error}"
+            raise ValueError(f"{self.path} is no run of these benchmarks: {what}") from None
+        if not self.rows:
+            raise ValueError(f"{self.path} holds no rows: every benchmark was skipped or failed")
+
+    @property
+    def device(self) -> str:
+        """A folder's name: ``nvidia-h100-80gb-hbm3``, ``cpu-xeon-2-threads``."""
+        name = re.sub(r"\((R|TM)\)|@[^,]*|\b(Intel|AMD|CPU|Processor)\b", " ", self.where)
+        return re.sub(r"[^a-z0-9]+", "-", self.gpu or f"cpu {name}", flags=re.I).lower().strip("-")
+
+
+def newest_runs(results: Path = RESULTS) -> list[Run]:
+    """The last run of each device among the results, the newest first."""
+    runs = sorted(map(Run, results.glob("*/*.json")), key=lambda run: run.time)
+    by_device = {run.device: run for run in runs}
+    return sorted(by_device.values(), key=lambda run: run.time, reverse=True)
+
+
+def grouped(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows by group, in the order of the run, but for the baseline, which comes first."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.group, []).append(row)
+    return {k: sorted(v, key=lambda r: r.provider != baseline(v)) for k, v in groups.items()}
+
+
+def baseline(group: Sequence[Row]) -> str:
+    """The provider that the others are compared with; it may have no row of its own."""
+    rivals = [row.provider for row in group if not row.provider.startswith("ours")]
+    return next((r.info["against"] for r in group if "against" in r.info), (rivals or [""])[0])
+
+
+def gain(row: Row, group: Sequence[Row], against: str = "") -> Spread | None:
+    """How many times less than the group's baseline (or ``against``) a row takes.
+
+    Timed round by round where the run did that, else the ratio of the two medians. None for the
+    baseline itself, and where ``against`` is not in the group.
+    """
+    against = against or baseline(group)
+    if row.info.get("against") == against:
+        return row.info["speed"]
+    ratios = [r.value["median"] / row.value["median"] for r in group if r.provider == against]
+    if not ratios or row.provider == against:
+        return None
+    return dict.fromkeys(("median", "q1", "q3"), ratios[0])
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -29,24 +126,14 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _amount(row: Row) -> str:
-    value, scale, unit = row.value, 1.0, row.unit
-    if unit == "s" and value.median < 1:
-        scale, unit = (1e6, "us") if value.median < 1e-3 else (1e3, "ms")
-    text = f"{value.median * scale:.4g} {unit}"
-    if value.q3 > value.q1:
-        text += f" ({value.q1 * scale:.4g} to {value.q3 * scale:.4g})"
-    return text
-
-
-def _times(spread: Spread | None) -> str:
-    return f"{spread.median:.2f}x" if spread else ""
-
-
-def _times_and_quartiles(spread: Spread | None) -> str:
-    if spread is None or spread.q3 <= spread.q1:
-        return _times(spread)
-    return f"{_times(spread)} ({spread.q1:.2f} to {spread.q3:.2f})"
+def _show(value: Spread | None, unit: str, digits: str = ".4g") -> str:
+    if not value:
+        return ""
+    scale = 1.0
+    if unit == " s" and value["median"] < 1:
+        scale, unit = (1e6, " us") if value["median"] < 1e-3 else (1e3, " ms")
+    median, low, high = (f"{value[k] * scale:{digits}}" for k in ("median", "q1", "q3"))
+    return f"{median}{unit}" + (f" ({low} to {high})" if value["q3"] > value["q1"] else "")
 
 
 def _error(row: Row) -> str:
@@ -57,160 +144,136 @@ def _error(row: Row) -> str:
     return "not compared here"
 
 
+def row_table(rows: Sequence[Row]) -> str:
+    """A line for each row, a group's baseline first; on a GPU with its rooflines."""
+    gpu = [k for k in ("TFLOP/s", "GB/s", "share of roofline", "peak MiB", "host")
+           if any(k in row.info for row in rows)]  # fmt: skip
+
+    def extra(row: Row, key: str) -> str:
+        value = row.info.get(key, "")
+        return _show(value, " s") if key == "host" else value and f"{value:.3g}"
+
+    lines = []
+    for group, members in grouped(rows).items():
+        for row in members:
+            ratio = _show(gain(row, members), "x", ".2f")
+            line = [row.provider, _show(row.value, f" {row.unit}"), ratio, _error(row)]
+            name = group if row is members[0] else ""
+            lines.append([name, *line, *(extra(row, key) for key in gpu)])
+    head = ["what", "provider", "median (quartiles)", "times less than the first", "error"]
+    return table(head + gpu, lines)
+
+
+def not_run(entries: Sequence[dict[str, str]]) -> str:
+    """What failed, and how many rows of a test were skipped for the same reason."""
+    counts: dict[tuple[str, str], int] = {}
+    for entry in entries:
+        failed = entry["outcome"] == "failed"
+        name = entry["name"] if failed else entry["name"].partition("[")[0]
+        key = name, "failed: " * failed + entry["reason"]
+        counts[key] = counts.get(key, 0) + 1
+    lines = [[name, str(count), why] for (name, why), count in counts.items()]
+    return table(["not run", "rows", "why"], lines) if lines else ""
+
+
 def _origin(run: Run) -> str:
-    machine = run.machine
     return (
-        f"{run.where}; torch {machine['torch']}, Triton {machine['triton']}; commit "
-        f"{run.commit[:7]}, {run.date} ([run](/{run.path.relative_to(ROOT).as_posix()})).\n"
+        f"{run.where}; torch {run.machine['torch']}, Triton {run.machine['triton']}; commit "
+        f"{run.commit[:7]}, {run.time[:10]} ([run](/{run.path.relative_to(ROOT).as_posix()})).\n"
     )
 
 
 def headline(runs: Sequence[Run]) -> str:
-    """A line for each timed group: ours, and the best of the others, against the baseline."""
-    return "\n".join(_headline(run) for run in runs)
-
-
-def _headline(run: Run) -> str:
-    lines = []
-    for group, rows in run.groups().items():
-        ours = next((row for row in rows if row.provider == "ours"), None)
-        if ours is None or ours.unit != "s":
-            continue
-        gains = {row.provider: gain(row, rows) for row in rows}
-        others = {p: g for p, g in gains.items() if g and not p.startswith("ours")}
-        best = max(others, key=lambda provider: others[provider].median, default=None)
-        other = f"{_times(others[best])} ({best})" if best else ""
-        lines.append([group, baseline(rows), _times(gains["ours"]), _error(ours), other])
-    head = ["what", "baseline", "ours", "ours against upstream's result", "best of the others"]
-    return f"{_origin(run)}\n{table(head, lines)}{_pictures(run, ('speed',))}"
-
-
-def memory(runs: Sequence[Run]) -> str:
-    """A line for each group that counts or measures memory, a column for each provider."""
-    return "\n".join(_memory(run) for run in runs)
-
-
-def _memory(run: Run) -> str:
-    groups = {group: rows for group, rows in run.groups().items() if rows[0].unit != "s"}
-    if not groups:
-        return ""
-    providers = list(dict.fromkeys(row.provider for rows in groups.values() for row in rows))
-
-    def cell(rows: Sequence[Row], provider: str) -> str:
-        row = next((row for row in rows if row.provider == provider), None)
-        if row is None:
-            return ""
-        ratio = gain(row, rows)
-        if ratio is None:
-            return _amount(row)
-        less = ratio.median
-        change = f"{less:.2f}x less" if less >= 1 else f"{1 / less:.2f}x more"
-        return f"{_amount(row)}, {change}"
-
-    lines = [[group, *(cell(rows, p) for p in providers)] for group, rows in groups.items()]
-    return f"{_origin(run)}\n{table(['what', *providers], lines)}{_pictures(run, ('memory',))}"
+    """Of each device five figures, gains and losses."""
+    parts = []
+    for run in runs:
+        lines = []
+        for start, provider in _HEADLINES:
+            groups = (rows for group, rows in grouped(run.rows).items() if group.startswith(start))
+            rows = next(groups, [])
+            for row in rows:
+                if row.provider == provider and (ratio := gain(row, rows)):
+                    value = _show({**row.value, "q3": 0}, f" {row.unit}")
+                    times = f"{ratio['median']:.2f}x {'faster' if row.unit == 's' else 'less'}"
+                    lines.append([row.group, provider, value, times, _error(row)])
+        head = ["what", "provider", "median", "than upstream", "error"]
+        parts.append(f"{_origin(run)}\n{table(head, lines)}")
+    return "\n".join(parts)
 
 
 def tables(runs: Sequence[Run]) -> str:
-    """Of each device a table for each group, with every provider, and what did not run."""
-    return "\n".join(_tables(run) for run in runs)
-
-
-def _tables(run: Run) -> str:
-    parts = [f"### {run.device}\n", _origin(run)]
-    if run.ceilings:
-        ceilings = ", ".join(f"{value:.0f} {name}" for name, value in run.ceilings.items())
-        parts.append(f"Ceilings measured in the same run: {ceilings}.\n")
-    for group, rows in run.groups().items():
-        head = ["provider", "median (quartiles)", f"times {baseline(rows)}", "error"]
-        on_gpu = "share of roofline" in rows[0].info
-        if on_gpu:
-            head += ["TFLOP/s", "GB/s", "of roofline", "peak MiB"]
-        lines = []
-        for row in rows:
-            ratio = _times_and_quartiles(gain(row, rows))
-            line = [row.provider, _amount(row), ratio, _error(row)]
-            if on_gpu:
-                line += [f"{row.info[k]:.0f}" for k in ("TFLOP/s", "GB/s")]
-                line += [f"{row.info['share of roofline']:.0%}", f"{row.info['peak MiB']:.0f}"]
-            lines.append(line)
-        parts.append(f"**{group}**\n\n{table(head, lines)}")
-    parts.append(f"**not run**\n\n{_not_run(run)}")
-    return "\n".join(parts) + _pictures(run, tuple(plots.TITLES))
-
-
-def _not_run(run: Run) -> str:
-    """What failed, and how many rows of a test were skipped for the same reason."""
-    counts: dict[tuple[str, str], int] = {}
-    for entry in run.not_run:
-        failed = entry["outcome"] == "failed"
-        name = entry["name"] if failed else entry["name"].partition("[")[0]
-        key = name, f"{entry['outcome']}: {entry['reason']}"
-        counts[key] = counts.get(key, 0) + 1
-    lines = [[name, str(count), why] for (name, why), count in counts.items()]
-    return table(["benchmark", "rows", "why"], lines) if lines else "Nothing is on record.\n"
-
-
-def _pictures(run: Run, kinds: Sequence[str]) -> str:
-    drawn = [kind for kind in kinds if plots.series(kind, run)]
-    paths = {kind: plots.path_of(kind, run).relative_to(ROOT).as_posix() for kind in drawn}
-    return "".join(f"\n![{plots.TITLES[kind]}](/{path})\n" for kind, path in paths.items())
+    """Of each device every row, and what did not run."""
+    parts = []
+    for run in runs:
+        parts += [f"### {run.device}\n", _origin(run)]
+        if ceilings := run.data.get("ceilings"):
+            values = ", ".join(f"{value:.0f} {name}" for name, value in ceilings.items())
+            parts.append(f"Ceilings measured in the same run: {values}.\n")
+        parts += [row_table(run.rows), not_run(run.data.get("not_run", []))]
+    return "\n".join(parts)
 
 
 def targets(runs: Sequence[Run]) -> str:
-    """What was to be reached, what was measured, and where."""
-    lines = [_target(target, find_run(target, runs)) for target in TARGETS]
+    """What was to be reached (``targets.csv``), what was measured, and where."""
+    with open(Path(__file__).with_name("targets.csv"), newline="", encoding="utf-8") as file:
+        lines = [_target(target, runs) for target in csv.DictReader(file)]
     return table(["what", "target", "measured", "where"], lines)
 
 
-def _target(target: Target, run: Run | None) -> list[str]:
-    wanted = f"{'at least' if target.at_least else 'at most'} {_quantity(target, target.bound)}"
+def _target(target: dict[str, str], runs: Sequence[Run]) -> list[str]:
+    quantity, bound = target["quantity"], float(target["bound"])
+    more = quantity in ("speed", "saving", "TFLOP/s") or quantity.startswith("share")
     relation = {"speed": "the speed of", "saving": "less than", "cost": "as much as"}
-    if target.quantity in relation:
-        wanted += f" {relation[target.quantity]} {target.against}"
-    value = measure(target, run) if run else None
+    wanted = f"{'at least' if more else 'at most'} {_quantity(quantity, bound)}"
+    if quantity in relation:
+        wanted += f" {relation[quantity]} {target['against']}"
+    run = next((run for run in runs if target["where"] in (run.gpu or "CPU")), None)
+    value = measured(target, run) if run else None
     if run is None or value is None:
-        return [target.what, wanted, "not measured yet", run.where if run else target.where]
-    met = value >= target.bound if target.at_least else value <= target.bound
-    verdict = "met" if met else "**missed**"
-    return [target.what, wanted, f"{_quantity(target, value)}, {verdict}", run.where]
+        return [target["what"], wanted, "not measured yet", run.where if run else target["where"]]
+    verdict = "met" if (value >= bound if more else value <= bound) else "**missed**"
+    return [target["what"], wanted, f"{_quantity(quantity, value)}, {verdict}", run.where]
 
 
-def _quantity(target: Target, value: float) -> str:
-    if target.quantity.startswith("share of "):
-        return f"{value:.0%} of {target.quantity.removeprefix('share of ')}"
-    if target.quantity in ("speed", "saving", "cost"):
-        return f"{value:.2f}x"
-    return f"{value:.3g} {target.quantity}"
+def measured(target: dict[str, str], run: Run) -> float | None:
+    """The target's quantity in a run; None where the run does not have it."""
+    quantity, group = target["quantity"], grouped(run.rows).get(target["group"], [])
+    row = next((row for row in group if row.provider == target["provider"]), None)
+    if row is None:
+        return None
+    if quantity in ("speed", "saving", "cost"):
+        ratio = gain(row, group, target["against"])
+        return ratio and ratio["median"] ** (-1 if quantity == "cost" else 1)
+    if quantity == "share of GEMM":
+        ceilings = run.data.get("ceilings")
+        return row.info["TFLOP/s"] / ceilings["GEMM TFLOP/s"] if ceilings else None
+    scale = {"ms": 1e3, "us": 1e6, row.unit: 1}
+    return row.value["median"] * scale[quantity] if quantity in scale else row.info.get(quantity)
 
 
-def ahead_of_time(path: Path) -> str:
+def _quantity(quantity: str, value: float) -> str:
+    if quantity.startswith("share of "):
+        return f"{value:.0%} of {quantity.removeprefix('share of ')}"
+    return f"{value:.2f}x" if quantity in ("speed", "saving", "cost") else f"{value:.3g} {quantity}"
+
+
+def ahead_of_time(_: Sequence[Run] = ()) -> str:
     """What the compiler made of each kernel, a column per architecture."""
-    data = json.loads(path.read_text(encoding="utf-8"))
-    found = {(row["name"], row["target"]): row for row in data["kernels"]}
-    names, architectures = (dict.fromkeys(parts) for parts in zip(*found, strict=True))
-
-    def cell(name: str, architecture: str) -> str:
-        row = found.get((name, architecture))
-        if row is None:
-            return "not for it"
-        if row["problem"]:
-            return row["problem"].split("\n")[0]
-        return " / ".join(str(row[k]) for k in ("registers", "stack", "shared", "tensor"))
-
-    rows = [[name, *(cell(name, a) for a in architectures)] for name in names]
-    return f"Triton {data['triton']}, commit {data['commit'][:7]}.\n\n" + table(
-        ["kernel", *architectures], rows
-    )
+    data = json.loads((RESULTS / "ahead-of-time.json").read_text(encoding="utf-8"))
+    keys = ("registers", "stack", "shared", "tensor")
+    found: dict[str, dict[str, str]] = {}
+    for row in data["kernels"]:
+        figures = row["problem"].split("\n")[0] or " / ".join(str(row[k]) for k in keys)
+        found.setdefault(row["name"], {})[row["target"]] = figures
+    targets = list(dict.fromkeys(row["target"] for row in data["kernels"]))
+    rows = [[name, *(cells.get(t, "not for it") for t in targets)] for name, cells in found.items()]
+    head = f"Triton {data['triton']}, commit {data['commit'][:7]}.\n\n"
+    return head + table(["kernel", *targets], rows)
 
 
-BLOCKS: dict[str, Callable[[Sequence[Run]], str]] = {
-    "headline": headline,
-    "memory": memory,
-    "tables": tables,
-    "targets": targets,
-    "ahead of time": lambda runs: ahead_of_time(AHEAD_OF_TIME),
-}
+BLOCKS = {
+    "headline": headline, "targets": targets, "tables": tables, "ahead of time": ahead_of_time,
+}  # fmt: skip
 
 
 def updated(text: str, folder: Path, runs: Sequence[Run]) -> str:
@@ -221,27 +284,27 @@ def updated(text: str, folder: Path, runs: Sequence[Run]) -> str:
     """
 
     def block(match: re.Match[str]) -> str:
-        kind = match[2]
-        if kind not in BLOCKS:
-            raise ValueError(f"no block is called {kind!r}; there are {', '.join(BLOCKS)}")
+        if match[2] not in BLOCKS:
+            raise ValueError(f"no block is called {match[2]!r}; there are {', '.join(BLOCKS)}")
         # Links in a block begin at the root; on a page they begin at the page.
         up = os.path.relpath(ROOT, folder)
-        prefix = "" if up == "." else f"{up}/"
-        body = BLOCKS[kind](runs).replace("](/", f"]({prefix}")
+        body = BLOCKS[match[2]](runs).replace("](/", "](" if up == "." else f"]({up}/")
         return match[1] + body + match[4]
 
     return _BLOCK.sub(block, text)
 
 
 def write(runs: Sequence[Run]) -> None:
-    """Bring the pages and the plots up to date."""
+    """Bring the pages up to date."""
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         with atomic(page) as name:
             Path(name).write_text(updated(text, page.parent, runs), encoding="utf-8")
-    for run in runs:
-        plots.draw(run)
 
 
 if __name__ == "__main__":
-    write(newest_runs())
+    if sys.argv[1:]:
+        run = Run(Path(sys.argv[1]))
+        print(row_table(run.rows), not_run(run.data.get("not_run", [])), sep="\n")
+    else:
+        write(newest_runs())

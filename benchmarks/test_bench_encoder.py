@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.accuracy import assert_same, compiled_on_gpu
 from benchmarks.baselines import (
     library_encoder,
     upstream_block,
@@ -21,7 +20,7 @@ from benchmarks.baselines import (
     upstream_resampler,
     upstream_tokens,
 )
-from benchmarks.timing import measure
+from benchmarks.timing import assert_same, measure
 from benchmarks.workloads import (
     BLOCK_FLOP,
     CROPS,
@@ -34,14 +33,15 @@ from benchmarks.workloads import (
     PUBLISHED_LAYERS,
     QUERIES,
     RESAMPLER_FLOP,
+    compiled_on_gpu,
+    on_gpu,
     parameter_bytes,
     random_crops,
     real_encoder,
     train_adapters_and_resampler,
 )
 
-FLOP_PER_IMAGE = CROPS * (LAYERS * BLOCK_FLOP + RESAMPLER_FLOP)
-on_gpu = pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")
+CROP_FLOP = LAYERS * BLOCK_FLOP + RESAMPLER_FLOP
 PROVIDERS = [
     "upstream",
     pytest.param("library", marks=on_gpu),  # on a CPU its parts are timed alone, for time
@@ -58,19 +58,22 @@ def encoder(request):
     return real_encoder(dtype=getattr(torch, request.param))
 
 
-def _encoder_form(provider, encoder, images):
+@torch.inference_mode(False)  # a copy made in it would hold tensors without a version to cache by
+def encoder_form(provider, encoder, images):
     """A function from crops [B * 5, 3, 448, 448] to tokens [B, 1280, output_dim]."""
 
     def ours(encode):
         return lambda crops: encode(crops).unflatten(0, (-1, CROPS)).flatten(1, 2)
 
+    if "compiled" in provider:
+        torch._dynamo.reset()  # other shapes' graphs count towards the limit of recompilations
     if provider == "upstream":
-        return lambda crops: upstream_tokens(encoder, crops)
+        return partial(upstream_tokens, encoder)
     if provider == "upstream, compiled":
         # A block and the resampler, each compiled once for all layers.
-        parts = {"block": torch.compile(upstream_block)}
-        parts["resampler"] = torch.compile(upstream_resampler)
-        return lambda crops: upstream_tokens(encoder, crops, **parts)
+        block = torch.compile(upstream_block, fullgraph=True)
+        resampler = torch.compile(upstream_resampler, fullgraph=True)
+        return partial(upstream_tokens, encoder, block=block, resampler=resampler)
     if provider.startswith("library"):
         return library_encoder(encoder, compiled=provider.endswith("compiled"))
     if provider == "ours":
@@ -88,14 +91,13 @@ def test_encoder(benchmark, encoder, images, provider):
     inputs = [random_crops(images, dtype, seed) for seed in range(INPUTS)]
     name = str(dtype).removeprefix("torch.")
     benchmark.group = f"encoder, {LAYERS} layers, {images} image(s): {name}"
+    names = dict.fromkeys(["upstream", provider])
+    providers = {name: encoder_form(name, encoder, images) for name in names}
     with torch.inference_mode():
-        providers = {
-            p: _encoder_form(p, encoder, images) for p in dict.fromkeys(["upstream", provider])
-        }
         tokens = images * CROPS * QUERIES * OUT_WIDTH
         measure(
             benchmark, providers, provider, inputs, check=assert_same,
-            flop=images * FLOP_PER_IMAGE,
+            dtype=dtype, flop=images * CROPS * CROP_FLOP,
             bytes_moved=parameter_bytes(encoder) + inputs[0].nbytes + tokens * dtype.itemsize,
         )  # fmt: skip
 
@@ -126,7 +128,11 @@ def test_published_depth(benchmark, encoder, provider):
     benchmark.group = f"encoder, {PUBLISHED_LAYERS} layers, 1 crop: {name}"
     with torch.inference_mode(), _at_published_depth(encoder.transformer):
         crops = [random_crops(1, dtype)[:1]]
-        measure(benchmark, providers, provider, crops, check=assert_same, fewest=1)
+        flop = PUBLISHED_LAYERS * BLOCK_FLOP + RESAMPLER_FLOP
+        measure(
+            benchmark, providers, provider, crops, check=assert_same, fewest=1, dtype=dtype,
+            flop=flop,
+        )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -172,8 +178,18 @@ def test_training_step(benchmark, encoder, provider):
         optimizer.zero_grad()
         return gradients
 
+    def in_float32():
+        exact = copy.deepcopy(encoder).float()
+        exact.gradient_checkpointing_enable()
+        out = exact.encode_crops(inputs[0].float())
+        out.backward(out_grad.float().view(out.shape))
+        return [p.grad for p in exact.parameters() if p.grad is not None]
+
     name = str(dtype).removeprefix("torch.")
     benchmark.group = f"training step, {LAYERS} layers, {what}: {name}"
     providers = {name: partial(step, form) for name, form in forms.items()}
     with _without_dropout(encoder):
-        measure(benchmark, providers, provider, inputs, check=assert_same)
+        measure(
+            benchmark, providers, provider, inputs, check=partial(assert_same, exact=in_float32),
+            dtype=dtype, flop=2 * crops * CROP_FLOP,  # the frozen weights have no gradient
+        )  # fmt: skip

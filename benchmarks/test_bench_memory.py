@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.baselines import upstream_crop_tokens
-from benchmarks.fresh import run_fresh
+from benchmarks.baselines import upstream_crop_tokens, upstream_tokens
 from benchmarks.memory import (
     record,
     saved_for_backward,
@@ -24,6 +30,8 @@ from benchmarks.workloads import (
     LAYERS,
     PUBLISHED_LAYERS,
     REAL_CONFIG,
+    random_crops,
+    real_encoder,
     train_adapters_and_resampler,
 )
 from monkey_model.visual import VisionTransformer
@@ -94,6 +102,59 @@ def test_training_memory(benchmark, provider):
     record(benchmark, count, "GiB")
 
 
+# ---- what only a fresh process shows ----------------------------------------------------------
+
+_FRESH = """
+import sys, time
+begin = time.perf_counter()
+import monkey_model.visual  # its imports are part of a cold start
+imported = time.perf_counter() - begin
+from benchmarks import test_bench_memory
+test_bench_memory.in_fresh_process(imported, *sys.argv[1:])
+"""
+
+
+def _run_fresh(what, provider, dtype):
+    """What :func:`in_fresh_process` prints in a process of its own, with empty compiler caches."""
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache}
+        command = [sys.executable, "-c", _FRESH, what, provider, dtype]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{command[3:]} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _peak_rss():
+    """Most bytes that this process held since its peak was forgotten. Linux only."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+
+
+def in_fresh_process(imported, what, provider, dtype):
+    """Print seconds until the first image is done ("start"), or the peak memory of one pass over an
+    image ("encode"), or of forward and backward of a local crop ("train")."""
+    encoder = real_encoder(dtype=getattr(torch, dtype))
+    crops = random_crops(1, encoder.proj.dtype)
+    upstream = provider == "upstream"
+    if provider == "ours, compiled":
+        encoder.compile()
+    if provider == "ours, checkpointed":
+        encoder.gradient_checkpointing_enable()
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forgets the peak
+    before, begin = _peak_rss(), time.perf_counter()
+    if what == "train":
+        train_adapters_and_resampler(encoder)
+        form = partial(upstream_crop_tokens, encoder) if upstream else encoder
+        form(crops[:1], idx=0).sum().backward()
+    else:
+        form = partial(upstream_tokens, encoder) if upstream else encoder.encode_crops
+        with torch.inference_mode():
+            form(crops)[0, 0].sum().item()
+    seconds = imported + time.perf_counter() - begin
+    print(json.dumps({"before": before, "peak": _peak_rss(), "seconds": seconds}))
+
+
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="on a GPU every timed row has its peak")
 @pytest.mark.parametrize("provider, what", [
     *((provider, "encode") for provider in PROVIDERS[:2]),
@@ -106,7 +167,7 @@ def test_peak(benchmark, dtype, provider, what):
     benchmark.group = f"peak memory, {what}, {LAYERS} layers, 1 {unit}: {dtype}"
 
     def count():
-        found = run_fresh(what, provider, dtype)
+        found = _run_fresh(what, provider, dtype)
         benchmark.extra_info["MiB before"] = found["before"] / MIB
         return found["peak"] / MIB
 
@@ -120,8 +181,6 @@ def test_cold_start(benchmark, provider):
     benchmark.group = f"cold start, {LAYERS} layers, 1 image: {dtype}"
 
     def count():
-        found = run_fresh("start", provider, dtype)
-        benchmark.extra_info["seconds"] = found
-        return found["import"] + found["first"]
+        return _run_fresh("start", provider, dtype)["seconds"]
 
     record(benchmark, count, "s")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks.accuracy import assert_same, compiled_on_gpu, skip_extras
 from benchmarks.baselines import flash_attention, library_resampler, upstream_resampler
-from benchmarks.timing import measure
+from benchmarks.timing import assert_same, measure
 from benchmarks.workloads import (
     CROPS,
     DEVICE,
@@ -19,8 +21,10 @@ from benchmarks.workloads import (
     RESAMPLER_FLOP,
     TOKENS,
     WIDTH,
+    compiled_on_gpu,
     parameter_bytes,
     real_encoder,
+    skip_extras,
     train_adapters_and_resampler,
 )
 from monkey_kernels import resampler_attention
@@ -48,6 +52,7 @@ def _tokens(crops, dtype):
 
 def _forms(encoder):
     """Functions from tokens [crops, N, E] to visual tokens."""
+    torch._dynamo.reset()  # other shapes' graphs count towards the limit of recompilations
     pool = encoder.attn_pool
 
     def finish(x):
@@ -62,9 +67,9 @@ def _forms(encoder):
 
     return {
         "upstream": upstream,
-        "upstream, compiled": torch.compile(upstream),
+        "upstream, compiled": torch.compile(upstream, fullgraph=True),
         "library": library,
-        "library, compiled": torch.compile(library),
+        "library, compiled": torch.compile(library, fullgraph=True),
         "ours": lambda tokens: finish(pool(tokens)),
         "ours, not folded": lambda tokens: finish(pool(tokens)),
     }
@@ -83,7 +88,7 @@ def test_resampler(benchmark, encoder, provider):
         weights = parameter_bytes(encoder.attn_pool) + encoder.proj.nbytes
         out = CROPS * QUERIES * OUT_WIDTH * dtype.itemsize
         measure(
-            benchmark, forms, provider, tokens, check=assert_same,
+            benchmark, forms, provider, tokens, check=assert_same, dtype=dtype,
             flop=CROPS * RESAMPLER_FLOP, bytes_moved=weights + tokens[0].nbytes + out,
         )  # fmt: skip
 
@@ -101,9 +106,18 @@ def test_resampler_training(benchmark, encoder, provider):
         name: lambda x, form=form: torch.autograd.grad(form(x), [x, *trained], out_grad)
         for name, form in _forms(encoder).items()
     }
+
+    def in_float32():
+        exact, x = copy.deepcopy(encoder).float(), inputs[0].detach().float().requires_grad_()
+        parameters = [p for p in exact.attn_pool.parameters() if p.requires_grad]
+        return torch.autograd.grad(_forms(exact)["upstream"](x), [x, *parameters], out_grad.float())
+
     name = str(dtype).removeprefix("torch.")
     benchmark.group = f"resampler training, {crops} crop(s): {name}"
-    measure(benchmark, forms, provider, inputs, check=assert_same)
+    measure(
+        benchmark, forms, provider, inputs, check=partial(assert_same, exact=in_float32),
+        dtype=dtype, flop=2 * crops * RESAMPLER_FLOP,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -152,7 +166,7 @@ def test_attention(benchmark, crops, provider, direction):
     inputs = [make_inputs() for _ in range(INPUTS)]
     if direction == "forward":
         measure(
-            benchmark, forms, provider, inputs, check=assert_same,
+            benchmark, forms, provider, inputs, check=assert_same, dtype=dtype,
             flop=2 * product, bytes_moved=size,
         )  # fmt: skip
         return
@@ -168,8 +182,14 @@ def test_attention(benchmark, crops, provider, direction):
     backwards = {
         name: lambda i, name=name: backward(graphs[name][i]) for name in dict.fromkeys(graphs)
     }
+
+    def in_float32():
+        exact = [x.detach().float().requires_grad_() for x in inputs[0]]
+        return torch.autograd.grad(bmm(exact), exact, out_grad.float())
+
     measure(
-        benchmark, backwards, provider, range(INPUTS), check=assert_same,
+        benchmark, backwards, provider, range(INPUTS),
+        check=partial(assert_same, exact=in_float32), dtype=dtype,
         # The output and its gradient are read, three gradients are written.
         flop=5 * product, bytes_moved=2 * size + out_grad.nbytes,
     )  # fmt: skip

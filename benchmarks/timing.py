@@ -1,27 +1,35 @@
-"""How a provider is timed, on a CPU and on a GPU, and against which ceilings."""
+"""How a provider is held to the baseline's result and timed, in what time there is.
+
+On a CPU by pytest-benchmark's timer; on a GPU by CUDA events, beside ceilings of the same run.
+"""
 
 from __future__ import annotations
 
 import functools
 import itertools
+import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+from torch import Tensor
 
 from benchmarks.workloads import DEVICE, SCALE
 
 #: What a benchmark times: takes an input, leaves its work on the device.
 Provider = Callable[[Any], Any]
 
-# Larger than any GPU's L2 cache: written between rounds, so that each starts with a cold cache.
-_FLUSH_BYTES = 512 * 2**20
+_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
-# Seconds for provider and baseline together, and the fewest and most rounds to spend them on: so
-# that all benchmarks take less than ten minutes on two cores, and less than four on an H100.
+_FLUSH_BYTES = 512 * 2**20  # larger than any GPU's L2 cache
+_SLEEP_CYCLES = 2_000_000  # a millisecond of a GPU at 2 GHz
+
+# Seconds for provider and baseline together, and the fewest and most rounds to spend them on.
 _SECONDS, _FEWEST, _MOST = {
     ("real", "cpu"): (1.0, 2, 30),
     ("real", "cuda"): (0.5, 7, 100),
@@ -29,38 +37,125 @@ _SECONDS, _FEWEST, _MOST = {
     ("tiny", "cuda"): (0.0, 2, 2),
 }[SCALE, DEVICE.type]
 
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    low, median, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
-    return {"median": median, "q1": low, "q3": high}
+# ---- what time there is -----------------------------------------------------------------------
 
 
-def event_times(functions: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
-    """Seconds of each call of each function on the GPU, by CUDA events: one list per function.
+@dataclass
+class Budget:
+    """The seconds of a run, which its rows share."""
 
-    The functions take turns. The L2 cache is flushed before each call; the flush keeps the GPU
-    busy while the host enqueues the call, so launch overhead shows only where a call takes the
-    host longer than the flush takes the GPU.
+    seconds: float
+    rows: int = 1  #: that have not finished
+    clock: Callable[[], float] = time.monotonic
+    begin: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.begin = self.clock()
+
+    def spent(self) -> float:
+        return self.clock() - self.begin
+
+    def left(self) -> float:
+        return self.seconds - self.spent()
+
+    def check(self, least: float = 0.0) -> None:
+        """Skip the row if time is over, or if its ``least`` seconds are a quarter of the rest."""
+        if self.left() <= 0:
+            pytest.skip("no time left")
+        if least > self.left() / 4:
+            pytest.skip(f"no time left: it takes {least:.0f} s or more on this machine")
+
+    def rounds(self, seconds: float, fewest: int) -> int:
+        """How many rounds that take ``seconds`` each; a single one where two shares hold no
+        more."""
+        share = self.left() / max(self.rows, 1)
+        fewest = fewest if fewest * seconds <= 2 * share else 1
+        return min(max(round(min(_SECONDS, share) / max(seconds, 1e-9)), fewest), _MOST)
+
+
+#: Of this process; pages and tests count from the import.
+BUDGET = Budget(float(os.environ.get("MONKEY_BENCHMARK_SECONDS", 540)))
+
+
+@functools.cache
+def cpu_flops(dtype: torch.dtype) -> float:
+    """FLOP per second of a product on this CPU: an upper bound of what a row can reach."""
+    a = torch.ones(1024, 1024, dtype=dtype)
+    seconds = [_timed([lambda: a @ a])[0] for _ in range(3)]
+    return 2 * 1024**3 / min(seconds)
+
+
+# ---- the same result, or no time --------------------------------------------------------------
+
+
+def relative_l2(out: Tensor, expected: Tensor) -> float:
+    return ((out.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def assert_same(
+    outs: Iterable[Tensor],
+    expected: Iterable[Tensor],
+    info: dict[str, Any],
+    exact: Callable[[], Iterable[Tensor]] | None = None,
+) -> None:
+    """The relative L2 difference of all values goes into ``info``, and is held to the dtype's.
+
+    With ``exact``, which computes the same in float32, results of a half precision are held to it
+    instead: ours may be twice as far off as the baseline, and one rounding. Gradients need this,
+    for which no fixed bound suits every size.
     """
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=DEVICE)
-    events = []
+
+    def flat(tensors: Iterable[Tensor]) -> Tensor:
+        return torch.cat([x.detach().flatten() for x in tensors])
+
+    out, right = flat(outs), flat(expected)
+    error = relative_l2(out, right)
+    info["relative L2 against upstream"] = error
+    if exact is None or out.dtype == torch.float32:
+        limit = _TOLERANCE[out.dtype]
+        assert error <= limit, f"relative L2 {error:.1e} is above {limit:.1e}"
+        return
+    truth = flat(exact())
+    error, baseline = relative_l2(out, truth), relative_l2(right, truth)
+    info["relative L2 against float32"] = error
+    limit = 2 * baseline + torch.finfo(out.dtype).eps
+    assert error <= limit, f"relative L2 {error:.1e} against float32 is above {limit:.1e}"
+
+
+# ---- timing -----------------------------------------------------------------------------------
+
+
+def event_times(
+    functions: Sequence[Callable[[], Any]], rounds: int
+) -> tuple[list[list[float]], list[list[float]]]:
+    """Seconds of each call of each function: on the GPU, by CUDA events, and on the host.
+
+    The functions take turns. Before each call the L2 cache is filled by reading, which leaves
+    nothing to be written back, and the GPU sleeps a millisecond: the host runs ahead meanwhile, and
+    the events show the kernels instead of their launches.
+    """
+    flush = torch.zeros(_FLUSH_BYTES // 4, device=DEVICE)
+    events: list[list[Any]] = [[] for _ in functions]
+    host: list[list[float]] = [[] for _ in functions]
     for _ in range(rounds):
-        for function in functions:
+        for i, function in enumerate(functions):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            flush.zero_()
+            torch.cuda.synchronize()
+            flush.sum()
+            torch.cuda._sleep(_SLEEP_CYCLES)
             start.record()
+            begin = time.perf_counter()
             function()
+            host[i].append(time.perf_counter() - begin)
             end.record()
-            events.append((start, end))
+            events[i].append((start, end))
     torch.cuda.synchronize()
-    times = [start.elapsed_time(end) / 1e3 for start, end in events]
-    return [times[i :: len(functions)] for i in range(len(functions))]
+    return [[s.elapsed_time(e) / 1e3 for s, e in pairs] for pairs in events], host
 
 
-def _median_time(function: Callable[[], Any]) -> float:
+def median_event_time(function: Callable[[], Any]) -> float:
     event_times([function], 3)
-    return statistics.median(event_times([function], 20)[0])
+    return statistics.median(event_times([function], 20)[0][0])
 
 
 @functools.cache
@@ -68,14 +163,14 @@ def copy_bandwidth() -> float:
     """Bytes per second, read and written, of a device-to-device copy of 1 GiB."""
     source = torch.empty(2**30, dtype=torch.int8, device=DEVICE).random_()
     target = torch.empty_like(source)
-    return 2 * 2**30 / _median_time(lambda: target.copy_(source))
+    return 2 * 2**30 / median_event_time(lambda: target.copy_(source))
 
 
 @functools.cache
 def gemm_throughput() -> float:
     """FLOP per second of an 8192^3 product in bfloat16."""
     a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
-    return 2 * 8192**3 / _median_time(lambda: a @ b)
+    return 2 * 8192**3 / median_event_time(lambda: a @ b)
 
 
 def measure(
@@ -86,6 +181,7 @@ def measure(
     *,
     check: Callable[[Any, Any, dict[str, Any]], None] | None = None,
     fewest: int = _FEWEST,
+    dtype: torch.dtype = torch.float32,
     flop: float = 0,
     bytes_moved: float = 0,
 ) -> None:
@@ -94,7 +190,7 @@ def measure(
     Baseline and provider take turns, and their ratio is taken round by round: a machine that slows
     down in between slows both. Into ``benchmark.extra_info`` go ``against`` (the baseline's name)
     and ``speed`` (of the ratio, median and quartiles); on a GPU also ``value`` (seconds by CUDA
-    events), ``peak MiB`` and the share of the roofline.
+    events), ``host`` (seconds until a call returns), ``peak MiB`` and the share of the roofline.
 
     Args:
         benchmark: pytest-benchmark's fixture.
@@ -103,13 +199,16 @@ def measure(
         inputs: what the rounds take in turn.
         check: raises if the provider's result, its first argument, is not the baseline's, and puts
             the error into the info. Left out where the caller has checked before.
-        fewest: rounds, however long they take.
-        flop: that the task needs.
+        fewest: rounds, where there is time for them.
+        dtype: of the arithmetic.
+        flop: that the task needs: a row that would take too long here is not started.
         bytes_moved: that any implementation has to move.
     """
     baseline = next(iter(providers))
     names = list(dict.fromkeys([provider, baseline]))
     info = benchmark.extra_info
+    if DEVICE.type == "cpu" and flop:  # each is called for the check, and for one round
+        BUDGET.check(2 * len(names) * flop / cpu_flops(dtype))
 
     def turns(name: str) -> Callable[[], Any]:
         cycle = itertools.cycle(inputs)
@@ -129,18 +228,25 @@ def measure(
         seconds, _ = _timed(calls)
     if provider == baseline:
         fewest = 1  # every other provider times it too
-    rounds = min(max(round(_SECONDS / seconds), fewest), _MOST)
+    rounds = BUDGET.rounds(seconds, fewest)
     if DEVICE.type == "cpu":
         times = _host_times(benchmark, *calls, rounds=rounds)
     else:
         info["peak MiB"] = _peak_mib(calls[0])
         benchmark.pedantic(_synchronous(calls[0]), rounds=_FEWEST)
-        times = event_times(calls, rounds)
+        times, host = event_times(calls, rounds)
         info["value"] = {**spread(times[0]), "unit": "s"}
+        info["host"] = spread(host[0])
         _add_roofline(info, flop, bytes_moved)
     if provider != baseline:
         info["against"] = baseline
         info["speed"] = spread([b / t for t, b in zip(*times, strict=True)])
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    low, median, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
+    return {"median": median, "q1": low, "q3": high}
 
 
 def _timed(calls: Sequence[Callable[[], Any]]) -> tuple[float, list[Any]]:
@@ -158,15 +264,11 @@ def _host_times(
     rounds: int,
 ) -> list[list[float]]:
     """Seconds of each round, by pytest-benchmark, and of the baseline before each."""
-    if baseline is None:
-        benchmark.pedantic(call, rounds=rounds)
-        return [benchmark.stats.stats.data]
     seconds: list[float] = []
 
     def run_baseline() -> None:
-        start = time.perf_counter()
-        baseline()
-        seconds.append(time.perf_counter() - start)
+        if baseline:
+            seconds.append(_timed([baseline])[0])
 
     benchmark.pedantic(call, setup=run_baseline, rounds=rounds)
     return [benchmark.stats.stats.data, seconds]

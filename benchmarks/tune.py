@@ -1,7 +1,8 @@
 """Search launch parameters on this GPU: ``python -m benchmarks.tune``.
 
-From a kernel's default, one parameter at a time is varied and the best value kept, until none
-helps. A candidate counts only if it launches and its result is that of plain torch, the op's
+Each kernel starts from its default and from some combinations that one step at a time does not
+reach; then the neighbours of the best are tried until none is faster. Processes compile what comes
+next while this one times. A candidate counts only if its result is that of plain torch, the op's
 reference. The result is ``monkey_kernels/configs/<device>.json``, which ``monkey_kernels.tuning``
 loads; it is written after every kernel, so that a search that is stopped loses nothing.
 """
@@ -11,21 +12,22 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
-import statistics
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.accuracy import relative_l2
-from benchmarks.timing import event_times
+from benchmarks.timing import median_event_time, relative_l2
 from benchmarks.workloads import (
     CROPS,
     DEVICE,
@@ -37,68 +39,69 @@ from benchmarks.workloads import (
     photo,
 )
 from monkey_kernels import backend, extract_crops, resampler_attention, tuning
+from monkey_kernels.crops import launch
+from monkey_kernels.resampler_attention import parameters as tiles
 from monkey_model.files import atomic
 
 # By how much a candidate has to be faster to replace what is safe.
 MARGIN = 0.02
 
-_TILES = {
-    "block_m": [16, 32, 64, 128],
-    "block_n": [16, 32, 64, 128],
-    "num_warps": [4, 8],
-    "num_stages": [1, 2, 3, 4],
-}
 _FILTERS = {
-    "block_m": [32, 64, 128, 256],
-    "block_n": [16, 32],
-    "block_k": [16, 32, 64],
+    "block_m": [32, 64, 128, 256], "block_n": [16, 32], "block_k": [16, 32, 64],
     "num_warps": [4, 8],
-}
+}  # fmt: skip
 _CUTS = {"block": [256, 512, 1024, 2048], "num_warps": [4, 8]}
+_TILES = {
+    "block_m": [16, 32, 64, 128], "block_n": [16, 32, 64, 128], "num_warps": [4, 8],
+    "num_stages": [1, 2, 3],
+}  # fmt: skip
+# Rows, tokens, warps, stages: wide tiles spill with 4 warps, and 8 warps compute narrow ones twice.
+_STARTS = [(128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 128, 8, 2), (64, 64, 4, 2)]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Task:
     """A kernel's parameters, and work that launches it."""
 
     kernel: str  #: its name in a device file
     default: Any  #: its frozen dataclass of launch parameters
-    space: dict[str, list[int]]
+    space: dict[str, list[int]]  #: values of each parameter to try
     run: Callable[[], Tensor]
     tolerance: float  #: relative L2 distance from the reference
+    starts: Sequence[Any] = ()  #: further parameters to begin with
 
 
 def search(
-    default: Any,
-    space: dict[str, list[int]],
+    task: Task,
     seconds: Callable[[Any], float | None],
     is_over: Callable[[], bool] = lambda: False,
+    prepare: Callable[[Sequence[Any]], None] = lambda candidates: None,
 ) -> tuple[Any, dict[Any, float | None]]:
-    """The fastest parameters found from ``default``, and the time of each that was tried.
+    """The fastest parameters found, and the time of each that was tried.
 
     Args:
-        default: a frozen dataclass of ints; returned where nothing is faster by MARGIN.
-        space: values of each parameter to try.
+        task: its default is returned where nothing is faster by MARGIN.
         seconds: the time of some parameters; None where they do not work.
         is_over: whether to stop with what has been found.
+        prepare: is told what will be timed next.
     """
-    times = {default: seconds(default)}
-    best, best_time = default, times[default]
-    if best_time is None:
-        return default, times
-    improved = True
-    while improved:
-        improved = False
-        for name, values in space.items():
-            for value in values:
-                candidate = dataclasses.replace(best, **{name: value})
-                if candidate in times:
-                    continue
-                if is_over():
-                    return best, times
-                times[candidate] = took = seconds(candidate)
-                if took is not None and took < best_time * (1 - MARGIN):
-                    best, best_time, improved = candidate, took, True
+    best, times = task.default, {task.default: seconds(task.default)}
+    batch = list(task.starts)
+    while times[best] is not None:
+        before = best
+        prepare([candidate for candidate in batch if candidate not in times])
+        for candidate in batch:
+            if candidate in times:
+                continue
+            if is_over():
+                return best, times
+            times[candidate] = took = seconds(candidate)
+            if took is not None and took < times[best] * (1 - MARGIN):
+                best = candidate
+        if best == before and batch != list(task.starts):
+            break
+        batch = [dataclasses.replace(best, **{name: value})
+                 for name, values in task.space.items() for value in values]  # fmt: skip
     return best, times
 
 
@@ -117,21 +120,27 @@ def write(path: Path, kernel: str, found: dict[str, int]) -> None:
         Path(name).write_text(text + "\n", encoding="utf-8")
 
 
-def time_candidates(task: Task) -> Callable[[Any], float | None]:
-    """A function that times a task with some parameters, and gives None where they are wrong."""
+def time_candidates(
+    task: Task, wait: Callable[[Any], None] = lambda parameters: None
+) -> Callable[[Any], float | None]:
+    """A function that times a task with some parameters, and gives None where they are wrong.
+
+    ``wait`` returns when they are compiled.
+    """
     with backend.use_backend("torch"):
         expected = task.run()
 
     def seconds(parameters: Any) -> float | None:
         with tuning.trying(task.kernel, parameters):
             try:
+                wait(parameters)
                 got = task.run()
             except Exception:  # too many resources, or whatever the compiler raises
                 return None
             if not relative_l2(got, expected) <= task.tolerance:  # NaN is wrong, too
                 return None
             if DEVICE.type == "cuda":
-                return statistics.median(event_times([task.run], 20)[0])
+                return median_event_time(task.run)
             start = time.perf_counter()
             task.run()
             return time.perf_counter() - start
@@ -139,16 +148,48 @@ def time_candidates(task: Task) -> Callable[[Any], float | None]:
     return seconds
 
 
+@functools.cache
+def _task(kernel: str) -> Task:
+    return next(task for task in tasks() if task.kernel == kernel)
+
+
+def compile_ahead(kernel: str, parameters: Any) -> None:
+    """Run a kernel once in a process of the pool: what is compiled lands in Triton's cache.
+
+    A candidate that breaks its process leaves this one's GPU context whole.
+    """
+    with backend.use_backend("triton"), tuning.trying(kernel, parameters):
+        _task(kernel).run()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+
+
+class Compiler:
+    """Compiles candidates in other processes."""
+
+    def __init__(self, pool: ProcessPoolExecutor | None) -> None:
+        self.pool = pool
+        self.jobs: dict[tuple[str, Any], Future[None]] = {}
+
+    def prepare(self, kernel: str, candidates: Sequence[Any]) -> None:
+        for candidate in candidates if self.pool else ():
+            if (kernel, candidate) not in self.jobs:
+                job = self.pool.submit(compile_ahead, kernel, candidate)
+                self.jobs[kernel, candidate] = job
+
+    def wait(self, kernel: str, candidate: Any) -> None:
+        if job := self.jobs.get((kernel, candidate)):
+            job.result()
+
+
 def tasks() -> Iterator[Task]:
     """All kernels, those that matter most first."""
-    yield from _attention_tasks(torch.bfloat16, ["forward", "grad_key_value", "grad_query"])
+    yield from _attention_tasks(torch.bfloat16)
     yield from _crop_tasks()
-    yield from _attention_tasks(torch.float32, ["forward", "grad_key_value", "grad_query"])
+    yield from _attention_tasks(torch.float32)
 
 
-def _attention_tasks(dtype: torch.dtype, names: Sequence[str]) -> Iterator[Task]:
-    from monkey_kernels.resampler_attention import parameters
-
+def _attention_tasks(dtype: torch.dtype) -> Iterator[Task]:
     # The interpreter's bfloat16 products are wrong.
     dtype = torch.float16 if backend.interpreting() and dtype == torch.bfloat16 else dtype
     crops, heads = (8 * CROPS, OUT_WIDTH // 128) if SCALE == "real" else (1, 1)
@@ -157,17 +198,19 @@ def _attention_tasks(dtype: torch.dtype, names: Sequence[str]) -> Iterator[Task]
     def make(*shape: int) -> Tensor:
         return torch.randn(shape, device=DEVICE, dtype=dtype)
 
-    for name in names:
+    is_float32 = dtype == torch.float32
+    for name in ("forward", "grad_key_value", "grad_query"):
         inputs = [make(queries, width), make(crops, tokens, width), make(crops, tokens, width)]
         backward = name.startswith("grad")
         tensors = [x.requires_grad_(backward) for x in inputs]
         run = partial(resampler_attention, *tensors, num_heads=heads)
         if backward:
             run = partial(_gradients, run(), tensors, make(crops, queries, width))
-        full = f"{name}_float32" if dtype == torch.float32 else name
-        default = parameters.DEFAULTS[parameters.family(DEVICE)][full]
-        tolerance = 1e-4 if dtype == torch.float32 else 1e-2
-        yield Task(f"resampler_attention_{full}", default, _TILES, run, tolerance)
+        full = f"{name}_float32" if is_float32 else name
+        default = tiles.DEFAULTS[tiles.family(DEVICE)][full]
+        starts = [] if is_float32 else [type(default)(*start) for start in _STARTS]
+        tolerance = 1e-4 if is_float32 else 1e-2
+        yield Task(f"resampler_attention_{full}", default, _TILES, run, tolerance, starts)
 
 
 def _gradients(out: Tensor, inputs: Sequence[Tensor], out_grad: Tensor) -> Tensor:
@@ -176,25 +219,17 @@ def _gradients(out: Tensor, inputs: Sequence[Tensor], out_grad: Tensor) -> Tenso
 
 
 def _crop_tasks() -> Iterator[Task]:
-    from monkey_kernels.crops import parameters
-
     size = PHOTO_SIZES["4000x3000"] if SCALE == "real" else (40, 50)
     image = photo(*size).to(DEVICE)
     floats = (image.permute(2, 0, 1) / 255).contiguous()
-    crop_size = 448 if SCALE == "real" else 28
-
-    def cut(picture: Tensor) -> Tensor:
-        return extract_crops(
-            [picture], interpolation="bicubic", dtype=torch.float16, crop_size=crop_size
-        )
-
-    def task(name: str, default: Any, space: dict[str, list[int]], picture: Tensor) -> Task:
-        return Task(name, default, space, partial(cut, picture), 5e-3)
-
-    yield task("extract_crops_cut", parameters.CUT, _CUTS, image)
-    for name, default in parameters.FILTERS.items():
-        picture = floats if name.endswith("float32") else image
-        yield task(f"extract_crops_{name}", default, _FILTERS, picture)
+    settings = {"interpolation": "bicubic", "dtype": torch.float16}
+    settings |= {"crop_size": 448 if SCALE == "real" else 28}
+    for passes, picture in ((launch.UINT8_PASSES, image), (launch.FLOAT_PASSES, floats)):
+        run = partial(extract_crops, [picture], **settings)
+        for name, default in passes.items():
+            yield Task(name, default, _FILTERS, run, 5e-3)
+        if picture is image:
+            yield Task("cut", launch.CUT, _CUTS, run, 5e-3)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -202,6 +237,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="instead of monkey_kernels/configs/<device>.json")
     parser.add_argument("--seconds", type=float, default=120, help="for all kernels together")
     parser.add_argument("--once", action="store_true", help="run each kernel once, search nothing")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 2),
+                        help="processes that compile ahead; 0: none")  # fmt: skip
     options = parser.parse_args(arguments)
     if DEVICE.type == "cpu" and not backend.interpreting():
         parser.error("no GPU here (TRITON_INTERPRET=1 searches in the interpreter, as a test)")
@@ -213,16 +250,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if DEVICE.type == "cpu" and options.out is None:
         parser.error("the interpreter has no device file: pass --out")
     path = options.out or tuning.config_path(DEVICE)
-    end = time.monotonic() + options.seconds
-    code = 0
+    end, code = time.monotonic() + options.seconds, 0
     with backend.use_backend("triton"), contextlib.ExitStack() as kept:
-        for task in tasks():
+        pool = (
+            ProcessPoolExecutor(options.workers, get_context("spawn")) if options.workers else None
+        )
+        if pool:
+            kept.callback(pool.shutdown, cancel_futures=True)
+        compiler = Compiler(pool)
+        found_tasks = list(tasks())
+        for task in found_tasks:
+            compiler.prepare(task.kernel, [task.default, *task.starts])
+        for task in found_tasks:
             if time.monotonic() > end:
                 print(f"{task.kernel}: no time left, keeps its parameters")
                 continue
+            seconds = time_candidates(task, partial(compiler.wait, task.kernel))
             found, times = search(
-                task.default, task.space, time_candidates(task), lambda: time.monotonic() > end
-            )
+                task, seconds, lambda: time.monotonic() > end,
+                partial(compiler.prepare, task.kernel),
+            )  # fmt: skip
             before, after = times[task.default], times[found]
             if before is None or after is None:
                 print(f"{task.kernel}: the default does not run, or is wrong", file=sys.stderr)
