@@ -51,24 +51,24 @@ class Session:
         with self.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
             self.config.get_terminal_writer().line(line, flush=True)
 
-    def finished(self, stats: Any) -> None:
-        """Keep a row: in the file, too."""
-        self.benchmarks.append(stats)
+    def save(self) -> dict[str, Any]:
+        """Write what there is, as pytest-benchmark would at the end."""
         hook = self.config.hook
         if not self._facts:
             machine = hook.pytest_benchmark_generate_machine_info(config=self.config)
             hook.pytest_benchmark_update_machine_info(config=self.config, machine_info=machine)
             commit = hook.pytest_benchmark_generate_commit_info(config=self.config)
             self._facts = {"machine_info": machine, "commit_info": commit}
-        data = hook.pytest_benchmark_generate_json(
-            config=self.config, benchmarks=self.benchmarks, include_data=False, **self._facts
-        )
-        hook.pytest_benchmark_update_json(
-            config=self.config, benchmarks=self.benchmarks, output_json=data
-        )
+        rows = {"config": self.config, "benchmarks": self.benchmarks}
+        data = hook.pytest_benchmark_generate_json(**rows, include_data=False, **self._facts)
+        hook.pytest_benchmark_update_json(**rows, output_json=data)
         with atomic(self.path) as name:
             Path(name).write_text(json.dumps(data, indent=1), encoding="utf-8")
-        self.open_group.append(report.Row.from_json(data["benchmarks"][-1]))
+        return data
+
+    def finished(self, benchmark: Any) -> None:
+        self.benchmarks.append(benchmark.stats)
+        self.open_group.append(report.Row.from_json(self.save()["benchmarks"][-1]))
 
     def close_group(self) -> None:
         if self.open_group:
@@ -113,7 +113,7 @@ def _missing(item: pytest.Item) -> str | None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = [item for item in items if Path(__file__).parent in item.path.parents]
+    here = [item for item in items if "benchmark" in getattr(item, "fixturenames", ())]
     groups = list(dict.fromkeys(map(_group, here)))
 
     def key(item: pytest.Item) -> tuple[Any, ...]:
@@ -179,8 +179,8 @@ def pytest_runtest_makereport(item: Any, call: pytest.CallInfo) -> Iterator[None
             reason = f"{call.excinfo.typename}: {reason}"
         row = {"name": item.name, "outcome": report.outcome, "reason": reason}
         session.not_run.append(row)
-    elif report.when == "call" and (stats := item.funcargs["benchmark"].stats):
-        session.finished(stats)
+    elif report.when == "call" and (benchmark := item.funcargs.get("benchmark")):
+        session.finished(benchmark)
     return report
 
 
@@ -196,6 +196,7 @@ def pytest_terminal_summary(config: pytest.Config) -> None:
     session = config.stash[_session]
     session.close_group()
     if session.benchmarks:
+        session.save()  # with what did not run after the last row
         session.write(f"\n{len(session.benchmarks)} rows are in {session.path}")
     if session.not_run:
         session.write(f"not run:\n{report.not_run(session.not_run)}")

@@ -194,9 +194,9 @@ def headline(runs: Sequence[Run]) -> str:
             for row in rows:
                 if row.provider == provider and (ratio := gain(row, rows)):
                     value = _show({**row.value, "q3": 0}, f" {row.unit}")
-                    times = f"{ratio['median']:.2f}x {'faster' if row.unit == 's' else 'less'}"
+                    times = f"{ratio['median']:.2f}x"
                     lines.append([row.group, provider, value, times, _error(row)])
-        head = ["what", "provider", "median", "than upstream", "error"]
+        head = ["what", "provider", "median", "times less than upstream", "error"]
         parts.append(f"{_origin(run)}\n{table(head, lines)}")
     return "\n".join(parts)
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 
 import pytest
-from PIL import Image
 
-from benchmarks import plots, report
-from benchmarks.results import ROOT, newest_runs
+from benchmarks import report
+from benchmarks.report import ROOT, newest_runs
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +22,7 @@ def test_figures_come_from_the_committed_results(page, runs):
     assert (
         blocks
         == {
-            ROOT: ["memory", "headline"],
+            ROOT: ["headline"],
             ROOT / "benchmarks": ["targets", "tables", "ahead of time"],
         }[page.parent]
     )
@@ -31,17 +30,6 @@ def test_figures_come_from_the_committed_results(page, runs):
     tampered = re.sub(r"\d\.\d\dx", "9.99x", text)
     assert tampered != text
     assert report.updated(tampered, page.parent, runs) == text
-
-
-def test_pictures_come_from_the_committed_results(runs):
-    for run in runs:
-        for kind in plots.TITLES:
-            path = plots.path_of(kind, run)
-            assert path.is_file() == bool(plots.series(kind, run)), path
-            if path.is_file():
-                with Image.open(path) as picture:
-                    expected = plots.metadata(kind, run)
-                    assert {key: picture.info.get(key) for key in expected} == expected
 
 
 @pytest.mark.parametrize("page", report.PAGES, ids=lambda page: page.parent.name)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.results import load
+from benchmarks.report import Run
 from tests.helpers.benchmark_runs import ROWS, write_run
 
 
 @pytest.fixture
 def run_of(tmp_path):
     """Makes a run of some rows."""
-    return lambda rows=ROWS, **changes: load(write_run(tmp_path / "run.json", rows, **changes))
+    return lambda rows=ROWS, **changes: Run(write_run(tmp_path / "run.json", rows, **changes))

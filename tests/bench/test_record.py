@@ -9,8 +9,8 @@ import subprocess
 import pytest
 
 from benchmarks import record
-from benchmarks.results import ROOT, load
-from tests.helpers.benchmark_runs import CEILINGS, COMMIT, H100, plotted_rows, python, write_run
+from benchmarks.report import ROOT, Run
+from tests.helpers.benchmark_runs import CEILINGS, COMMIT, H100, many_rows, python, write_run
 
 
 def test_a_run_is_filed(tmp_path):
@@ -24,7 +24,7 @@ def test_a_run_from_a_copy_gets_its_commit(tmp_path):
     path = write_run(tmp_path / "run.json", commit_info={"id": "unversioned", "dirty": True})
     home = record.file_run(path, "abcdef0123", results=tmp_path / "results")
     assert home.name == "2026-11-24-abcdef0.json"
-    assert load(home).commit == "abcdef0123"
+    assert Run(home).commit == "abcdef0123"
 
 
 @pytest.mark.parametrize(
@@ -63,15 +63,15 @@ def checkout(tmp_path_factory):
 
 
 def test_recording_writes_the_pages(checkout, tmp_path):
-    run = write_run(tmp_path / "run.json", plotted_rows(), gpu=H100, ceilings=CEILINGS)
-    done = python("-m", "benchmarks.record", "--from", run, cwd=checkout)
+    run = write_run(tmp_path / "benchmarks.json", many_rows(), gpu=H100, ceilings=CEILINGS)
+    done = python("-m", "benchmarks.record", "--from", run.parent, cwd=checkout)
     assert done.returncode == 0, done.stderr
     name = "benchmarks/results/nvidia-h100-80gb-hbm3/2026-11-24-0123456.json"
-    assert done.stdout.startswith(f"{name} is filed")
+    line = f"| encoder, 1 image | at most 38 ms | 30 ms, met | {H100} |"
+    assert line in done.stdout and f"{name} is filed" in done.stdout
+    assert "12 MP photo to crops" not in done.stdout  # a CPU's: nothing changed
     assert "| 2.00x | not compared here |" in (checkout / "README.md").read_text()
-    page = (checkout / "benchmarks" / "README.md").read_text()
-    assert f"| encoder, 1 image | at most 38 ms | 30 ms, met | {H100} |" in page
-    assert (checkout / name).with_name("roofline.png").is_file()
+    assert line in (checkout / "benchmarks" / "README.md").read_text()
     git("add", "-A", cwd=checkout)
     git("commit", "-qm", "run", cwd=checkout)
 
@@ -81,25 +81,19 @@ def test_a_dirty_tree_is_not_measured(checkout):
     done = python("-m", "benchmarks.record", cwd=checkout)
     (checkout / "new.py").unlink()
     assert done.returncode == 1
-    assert done.stderr == "record: the tree is dirty: commit first\n?? new.py\n\n"
-    record.check_clean(checkout)
+    assert done.stderr == "Error: the tree is dirty: commit first\n?? new.py\n\n"
 
 
-def test_a_benchmark_that_fails_files_nothing(checkout):
-    done = python("-m", "benchmarks.record", cwd=checkout, MONKEY_BENCHMARK_SCALE="large")
-    assert done.returncode == 1
-    assert "MONKEY_BENCHMARK_SCALE must be real or tiny; got 'large'" in done.stdout + done.stderr
-    assert "record: a benchmark failed: nothing is filed" in done.stderr
-    record.check_clean(checkout)
+@pytest.mark.parametrize("fails", ["monkey_kernels.aot", "pytest"])
+def test_what_fails_files_nothing(fails, tmp_path, monkeypatch, capsys):
+    def run(command, **_):
+        return subprocess.CompletedProcess(command, int(fails in command))
 
-
-def test_kernels_that_do_not_compile_are_not_recorded(tmp_path, monkeypatch):
-    pytest.importorskip("triton")
-    failed = subprocess.CompletedProcess([], 1)
-    monkeypatch.setattr(record.subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(RuntimeError, match=r"python -m monkey_kernels\.aot failed"):
-        record.record_kernels(tmp_path / "kernels.json")
-    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(record, "_output", lambda *_: "")
+    monkeypatch.setattr(record.subprocess, "run", run)
+    monkeypatch.setattr(record, "_write", lambda *_: pytest.fail("filed"))
+    assert record.main([]) == 1
+    assert f"Error: {fails} failed: nothing is filed" in capsys.readouterr().err
 
 
 def test_a_commit_without_a_run(capsys):
@@ -111,4 +105,4 @@ def test_a_commit_without_a_run(capsys):
 
 def test_a_run_that_is_not_there(tmp_path, capsys):
     assert record.main(["--from", str(tmp_path / "none.json")]) == 1
-    assert capsys.readouterr().err.startswith("record: ")
+    assert capsys.readouterr().err.startswith("Error: ")

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 
-from benchmarks.results import ROOT
+from benchmarks.report import ROOT
 
 CPU = {"brand_raw": "Intel(R) Xeon(R) CPU E5 @ 2.20GHz", "threads": 2}
 H100 = "NVIDIA H100 80GB HBM3"
@@ -63,7 +63,7 @@ def gpu_rows():
 CEILINGS = {"copy GB/s": 3000.0, "GEMM TFLOP/s": 800.0}
 
 
-def plotted_rows():
+def many_rows():
     rows = gpu_rows()
     for size, speed in (("640x480", 0.9), ("4000x3000", 5.0)):
         group = f"crops: {size}, bicubic"
