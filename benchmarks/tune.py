@@ -148,7 +148,7 @@ def time_candidates(
     return seconds
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)  # its inputs fill a gigabyte in each process
 def _task(kernel: str) -> Task:
     return next(task for task in tasks() if task.kernel == kernel)
 
@@ -237,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="instead of monkey_kernels/configs/<device>.json")
     parser.add_argument("--seconds", type=float, default=120, help="for all kernels together")
     parser.add_argument("--once", action="store_true", help="run each kernel once, search nothing")
-    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 2),
+    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1),
                         help="processes that compile ahead; 0: none")  # fmt: skip
     options = parser.parse_args(arguments)
     if DEVICE.type == "cpu" and not backend.interpreting():
@@ -250,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if DEVICE.type == "cpu" and options.out is None:
         parser.error("the interpreter has no device file: pass --out")
     path = options.out or tuning.config_path(DEVICE)
-    end, code = time.monotonic() + options.seconds, 0
+    code = 0
     with backend.use_backend("triton"), contextlib.ExitStack() as kept:
         pool = (
             ProcessPoolExecutor(options.workers, get_context("spawn")) if options.workers else None
@@ -261,6 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found_tasks = list(tasks())
         for task in found_tasks:
             compiler.prepare(task.kernel, [task.default, *task.starts])
+        end = time.monotonic() + options.seconds
         for task in found_tasks:
             if time.monotonic() > end:
                 print(f"{task.kernel}: no time left, keeps its parameters")

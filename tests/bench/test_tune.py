@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
-import shutil
 import subprocess
+import sys
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 import pytest
 import torch
 
-from benchmarks.results import ROOT
+from benchmarks.report import ROOT
 from monkey_kernels import backend, tuning
 from tests.helpers.benchmark_runs import python
 
@@ -34,25 +36,47 @@ def tune():
     return tune
 
 
+def task_of(tune, *starts, run=None):
+    return tune.Task("kernel", Parameters(), SPACE, run, 1e-2, starts)
+
+
 def test_the_search_finds_the_fastest(tune):
     def seconds(p):
         if p == Parameters(32, 8):
             return None  # does not launch
         return 1 + abs(p.block - 128) / 64 + abs(p.num_warps - 8)
 
-    best, times = tune.search(Parameters(), SPACE, seconds)
+    best, times = tune.search(task_of(tune), seconds)
     assert best == Parameters(128, 8)
     assert times[Parameters()] == 6 and times[best] == 1
     assert tune.changed(Parameters(), best) == {"block": 128, "num_warps": 8}
 
 
+def test_the_search_starts_at_combinations_too(tune):
+    """(128, 8) is fast, each step towards it slow; what comes next is known before it is timed."""
+    speeds = {Parameters(): 2.0, Parameters(128, 8): 1.0}
+    prepared = []
+
+    def seconds(p):
+        assert p == Parameters() or p in prepared
+        return speeds.get(p, 3.0)
+
+    assert tune.search(task_of(tune), seconds, prepare=prepared.extend)[0] == Parameters()
+    prepared.clear()
+    task = task_of(tune, Parameters(128, 8), Parameters(32, 8))
+    best, times = tune.search(task, seconds, prepare=prepared.extend)
+    assert best == Parameters(128, 8)
+    assert prepared[:2] == [*task.starts] and len(prepared) == len(set(prepared))
+    assert set(times) == {Parameters(), *prepared}
+
+
 def test_the_search_keeps_what_is_safe(tune):
     """The default stays where nothing is faster by a margin, time is over, or it does not run."""
     better = {Parameters(128): 0.99}
-    assert tune.search(Parameters(), SPACE, lambda p: better.get(p, 1.0))[0] == Parameters()
-    best, times = tune.search(Parameters(), SPACE, lambda p: 1 / p.block, lambda: True)
+    assert tune.search(task_of(tune), lambda p: better.get(p, 1.0))[0] == Parameters()
+    best, times = tune.search(task_of(tune), lambda p: 1 / p.block, lambda: True)
     assert best == Parameters() and list(times) == [Parameters()]
-    assert tune.search(Parameters(), SPACE, lambda p: None) == (Parameters(), {Parameters(): None})
+    assert tune.search(task_of(tune), lambda p: None) == (Parameters(), {Parameters(): None})
 
 
 def test_a_device_file_keeps_other_kernels(tune, tmp_path):
@@ -76,9 +100,13 @@ def test_a_wrong_candidate_is_no_candidate(tune):
             raise RuntimeError("out of resources")
         return torch.full((4,), {64: 1.0, 32: 1.001, 128: 1.1, 16: float("nan")}[block])
 
-    seconds = tune.time_candidates(tune.Task("kernel", Parameters(), SPACE, run, tolerance=1e-2))
+    def wait(parameters):
+        if parameters.block == 512:
+            raise BrokenProcessPool("it took its process with it")
+
+    seconds = tune.time_candidates(task_of(tune, run=run), wait)
     assert seconds(Parameters(64)) > 0 and seconds(Parameters(32)) > 0
-    assert [seconds(Parameters(block)) for block in (128, 16, 256)] == [None] * 3
+    assert [seconds(Parameters(block)) for block in (128, 16, 256, 512)] == [None] * 4
 
 
 def test_a_default_that_is_wrong_fails_the_search(tune, monkeypatch, tmp_path, capsys):
@@ -93,20 +121,37 @@ def test_a_default_that_is_wrong_fails_the_search(tune, monkeypatch, tmp_path, c
     tasks = [task("wrong", torch.zeros(4)), task("right", torch.ones(4))]
     monkeypatch.setattr(tune, "tasks", lambda: tasks)
     monkeypatch.setattr(backend, "interpreting", lambda: True)
-    assert tune.main(["--out", str(tmp_path / "device.json")]) == 1
+    assert tune.main(["--out", str(tmp_path / "device.json"), "--workers", "0"]) == 1
     out, error = capsys.readouterr()
     assert error == "wrong: the default does not run, or is wrong\n"
     assert re.search("right: .* with its default; 1 tried, 0 did not run or were wrong", out)
 
 
 def test_a_search_in_the_interpreter(tune, tmp_path):
+    """With a process that runs the candidates first."""
     path = tmp_path / "device.json"
     scale = {"MONKEY_BENCHMARK_SCALE": "tiny", "TRITON_INTERPRET": "1"}
-    done = python("-m", "benchmarks.tune", "--seconds", "0.1", "--out", path, **scale)
+    command = ["benchmarks.tune", "--seconds", "0.1", "--workers", "1", "--out", path]
+    done = python("-m", *command, **scale)
     assert done.returncode == 0, done.stderr
     assert "resampler_attention_forward: " in done.stdout
-    assert "extract_crops_cut: no time left, keeps its parameters" in done.stdout
+    assert "no time left, keeps its parameters" in done.stdout
     json.loads(path.read_text())
+
+
+def test_what_is_compiled_ahead(tune, monkeypatch):
+    """In a process of its own: that kernel, with those parameters."""
+    tried = []
+
+    def run():
+        tried.append(tuning.launch_parameters("kernel", Parameters(), torch.device("cpu")))
+        assert backend.requested_backend() == "triton"
+
+    monkeypatch.setattr(tune, "tasks", lambda: [task_of(tune, run=run)])
+    tune._task.cache_clear()
+    tune.compile_ahead("kernel", Parameters(128, 8))
+    tune._task.cache_clear()
+    assert tried == [Parameters(128, 8)]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
@@ -129,7 +174,10 @@ case "$*" in
     *config_path*) exit 1 ;;
     *benchmarks.tune*--out*) echo '{"cut": {"block": 128}}' >"${@: -1}" ;;
 esac
-case "$*" in *"${FAIL:-nothing}"*) exit 3 ;; *"${HANG:-nothing}"*) exec sleep 30 ;; esac
+case "$*" in
+    *"${FAIL:-nothing}"*) exit 3 ;;
+    *"${HANG:-nothing}"*) trap 'echo stopped as by Ctrl-C; exit 2' INT; sleep 30 & wait ;;
+esac
 """
 
 
@@ -137,7 +185,7 @@ case "$*" in *"${FAIL:-nothing}"*) exit 3 ;; *"${HANG:-nothing}"*) exec sleep 30
 def gpu_sh(tmp_path):
     def run(*arguments, sanitizer=False, **environment):
         tools = tmp_path / "tools"
-        tools.mkdir()
+        tools.mkdir(exist_ok=True)
         scripts = {"python": FAKE_PYTHON}
         if sanitizer:
             scripts["compute-sanitizer"] = '#!/usr/bin/env bash\necho "checked: $*"\n'
@@ -153,14 +201,22 @@ def gpu_sh(tmp_path):
     return run
 
 
+def codes(out):
+    stages = json.loads((out / "stages.json").read_text())
+    return {name: stage["exit"] for name, stage in stages.items()}
+
+
 def test_one_command_for_a_gpu(gpu_sh, tmp_path):
     out = tmp_path / "out"
     done = gpu_sh(out, sanitizer=True)
     assert done.returncode == 0, done.stderr
-    stages = json.loads((out / "stages.json").read_text())
-    assert list(stages) == ["tests", "sanitizer", "tune", "benchmarks"]
-    assert {stage["exit"] for stage in stages.values()} == {0}
-    assert "-m pytest -q -p no:cacheprovider -m gpu" in (out / "tests.log").read_text()
+    order = ["run", "tests", "sanitizer", "tune", "benchmarks"]
+    assert codes(out) == dict.fromkeys(order, 0) and list(codes(out)) == order
+    assert "-m benchmarks.tune --once seconds= scale=tiny" in (out / "run.log").read_text()
+    tests = (out / "tests.log").read_text()
+    for file in re.findall(r"tests/\S+\.py", tests):
+        assert (ROOT / file).is_file()
+    assert "tests/kernels/test_crops_kernel.py" in tests
     assert "-m benchmarks.tune --once" in (out / "sanitizer.log").read_text()
     asked = (out / "benchmarks.log").read_text()
     seconds = re.search(f"--benchmark-json={out}/benchmarks.json seconds=(\\d+)", asked)
@@ -168,17 +224,35 @@ def test_one_command_for_a_gpu(gpu_sh, tmp_path):
     assert json.loads((out / "config.json").read_text()) == {"cut": {"block": 128}}
 
 
-def test_a_stage_that_fails_stops_no_other(gpu_sh, tmp_path):
-    done = gpu_sh(tmp_path / "out", FAIL="-m gpu", HANG="benchmarks.tune --seconds", TUNE_LIMIT="1")
+def test_a_stage_that_fails_or_overruns_stops_no_other(gpu_sh, tmp_path):
+    out = tmp_path / "out"
+    done = gpu_sh(out, sanitizer=True, FAIL="-m pytest -q", HANG="--seconds", TUNE_LIMIT="1")
     assert done.returncode == 1
-    stages = json.loads((tmp_path / "out" / "stages.json").read_text())
-    codes = {name: stage["exit"] for name, stage in stages.items()}
-    without = shutil.which("compute-sanitizer") is None
-    assert codes == {"tests": 3, "sanitizer": None if without else 0, "tune": 124, "benchmarks": 0}
-    if without:
-        assert "compute-sanitizer is not here" in done.stdout
+    expected = {"run": 0, "tests": 3, "sanitizer": 0, "tune": 124, "benchmarks": 0}
+    assert codes(out) == expected
+    assert "stopped as by Ctrl-C" in (out / "tune.log").read_text()
 
 
-def test_gpu_sh_wants_a_folder(gpu_sh):
-    done = gpu_sh()
-    assert (done.returncode, done.stderr) == (2, "usage: benchmarks/gpu.sh OUT_DIR\n")
+def test_stages_can_be_named(gpu_sh, tmp_path):
+    out = tmp_path / "out"
+    assert gpu_sh(out, "tune", "benchmarks").returncode == 0
+    assert list(codes(out)) == ["tune", "benchmarks"]
+
+
+def test_what_is_not_installed_is_said_first(tmp_path):
+    out = tmp_path / "out"
+    command = [ROOT / "benchmarks" / "gpu.sh", out, "tune"]
+    environment = {**os.environ, "PYTHON": sys.executable, "TUNE_LIMIT": "0.01"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    first, second = done.stdout.splitlines()[:2]
+    assert first.startswith("Python 3.") and torch.__version__ in first
+    assert second.startswith("not installed, what needs it is skipped: ")
+    if importlib.util.find_spec("cvcuda") is None:
+        assert "cvcuda" in second
+
+
+@pytest.mark.parametrize("arguments", [[], ["OUT", "all"]])
+def test_gpu_sh_wants_a_folder_and_stages(gpu_sh, tmp_path, arguments):
+    done = gpu_sh(*arguments)
+    stages = "[run|tests|sanitizer|tune|benchmarks]..."
+    assert (done.returncode, done.stderr) == (2, f"usage: benchmarks/gpu.sh OUT_DIR {stages}\n")
