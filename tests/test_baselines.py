@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from PIL import Image
+from torch._dynamo.testing import CompileCounter
 
 from benchmarks import baselines
+from monkey_model.visual import VisionTransformer
 from tests.helpers.golden import assert_crops_match, assert_tokens_match, load_golden
 
 
@@ -27,6 +29,31 @@ def test_upstream_crops(golden, crops):
 def test_upstream_tokens(golden, crops):
     with torch.no_grad():
         assert_tokens_match(baselines.upstream_tokens(golden.encoder(), crops), golden)
+
+
+def test_upstream_compiles_to_a_graph_for_each_adapter(golden):
+    """Its comparison of query and key would break every block's graph in two."""
+    encoder = golden.encoder()
+    block, width = encoder.transformer.resblocks[0], encoder.transformer.width
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(baselines.upstream_block, backend=counter, fullgraph=True)
+    x = torch.randn(16, 1, width)
+    with torch.no_grad():
+        for index in encoder.adapter_index():
+            assert torch.equal(compiled(block, x, index), baselines.upstream_block(block, x, index))
+    assert counter.frame_count == len(encoder.adapter_index())
+
+
+def test_forms_of_the_encoder_cache_what_they_fold(golden, monkeypatch):
+    """A copy made under inference_mode would fold the resampler anew in every call."""
+    from benchmarks.test_bench_encoder import encoder_form
+
+    copies = []
+    monkeypatch.setattr(VisionTransformer, "compile", lambda self: copies.append(self))
+    with torch.inference_mode():
+        encoder_form("ours, compiled", golden.encoder(), 1)
+    assert not any(p.is_inference() for p in copies[0].parameters())
 
 
 def test_library_tokens(golden, crops):

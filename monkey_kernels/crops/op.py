@@ -239,9 +239,9 @@ def extract_crops(
     Numerics:
         uint8 images follow the ``Image.resize`` of Pillow 13, rounding to 0..255 after each of the
         two passes, to the bit; only sides that shrink 2.5x or more take a faster filter in plain
-        torch on the CPU, at most 2 levels off in at most 0.5 % of values. Float images follow
-        ``F.interpolate(antialias=True)`` and are not clamped. All in float32, rounded once to
-        ``dtype``. Deterministic. Differentiable in float images.
+        torch on the CPU, at most 2 levels off in at most 1.7 % of a photo's values. Float images
+        follow ``F.interpolate(antialias=True)`` and are not clamped. All in float32, rounded once
+        to ``dtype``. Deterministic. Differentiable in float images.
 
     Source: upstream ``monkey_model/visual.py``, ``VisionTransformer.encode``.
     """
