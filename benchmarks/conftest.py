@@ -28,8 +28,8 @@ from monkey_model.files import atomic
 
 #: The most telling first: what does not fit into the time is cut off the end.
 ORDER = (
-    "test_one_photo[4000x3000", "test_encoder[", "test_resampler[", "test_block",
-    "test_bench_whole_model", "test_saved_by_a_block", "test_training_memory", "test_attention",
+    "test_one_photo[4000x3000", "test_saved_by_a_block", "test_training_memory",
+    "test_bench_whole_model", "test_resampler[", "test_block", "test_encoder[", "test_attention",
     "test_training_step", "test_published_depth", "test_resampler_training", "test_one_photo",
     "test_ragged_photos", "test_decode", "test_peak", "test_cold_start",
 )  # fmt: skip
@@ -163,9 +163,14 @@ def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
 
 
 @pytest.hookimpl(wrapper=True, trylast=True)
-def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_call(item: Any) -> Iterator[None]:
     with _alarm():
-        return (yield)
+        try:
+            return (yield)
+        except BaseException:  # of a row that Ctrl-C stopped, pytest-benchmark would keep nothing
+            if benchmark := item.funcargs.get("benchmark"):
+                benchmark.has_error = True
+            raise
 
 
 @pytest.hookimpl(wrapper=True)

@@ -59,10 +59,10 @@ class Budget:
         return self.seconds - self.spent()
 
     def check(self, least: float = 0.0) -> None:
-        """Skip the row if time is over, or if its ``least`` seconds are a quarter of the rest."""
+        """Skip the row if time is over, or if its ``least`` seconds are an eighth of the rest."""
         if self.left() <= 0:
             pytest.skip("no time left")
-        if least > self.left() / 4:
+        if least > self.left() / 8:
             pytest.skip(f"no time left: it takes {least:.0f} s or more on this machine")
 
     def rounds(self, seconds: float, fewest: int) -> int:
