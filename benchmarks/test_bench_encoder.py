@@ -20,7 +20,7 @@ from benchmarks.baselines import (
     upstream_resampler,
     upstream_tokens,
 )
-from benchmarks.timing import assert_same, measure
+from benchmarks.timing import assert_same, compiled_on_gpu, measure, on_gpu
 from benchmarks.workloads import (
     BLOCK_FLOP,
     CROPS,
@@ -33,8 +33,6 @@ from benchmarks.workloads import (
     PUBLISHED_LAYERS,
     QUERIES,
     RESAMPLER_FLOP,
-    compiled_on_gpu,
-    on_gpu,
     parameter_bytes,
     random_crops,
     real_encoder,

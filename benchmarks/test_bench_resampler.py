@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.baselines import flash_attention, library_resampler, upstream_resampler
-from benchmarks.timing import assert_same, measure
+from benchmarks.timing import assert_same, compiled_on_gpu, measure, skip_extras
 from benchmarks.workloads import (
     CROPS,
     DEVICE,
@@ -21,10 +21,8 @@ from benchmarks.workloads import (
     RESAMPLER_FLOP,
     TOKENS,
     WIDTH,
-    compiled_on_gpu,
     parameter_bytes,
     real_encoder,
-    skip_extras,
     train_adapters_and_resampler,
 )
 from monkey_kernels import resampler_attention

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.baselines import block_banks, library_block, upstream_block
-from benchmarks.timing import assert_same, measure
+from benchmarks.timing import assert_same, measure, skip_extras
 from benchmarks.workloads import (
     BLOCK_FLOP,
     CROPS,
@@ -19,7 +19,6 @@ from benchmarks.workloads import (
     WIDTH,
     parameter_bytes,
     real_encoder,
-    skip_extras,
 )
 from monkey_model.encoder.crop_adapters import select_adapters
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.workloads import DEVICE, SCALE
+from benchmarks.workloads import DEVICE, FASTEST, SCALE
 
 #: What a benchmark times: takes an input, leaves its work on the device.
 Provider = Callable[[Any], Any]
@@ -36,6 +36,18 @@ _SECONDS, _FEWEST, _MOST = {
     ("tiny", "cpu"): (0.0, 2, 2),
     ("tiny", "cuda"): (0.0, 2, 2),
 }[SCALE, DEVICE.type]
+
+on_gpu = pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")
+compiled_on_gpu = pytest.mark.skipif(
+    DEVICE.type == "cpu", reason="timed on a GPU only: compiling takes minutes on a CPU"
+)
+
+
+def skip_extras(provider: str, dtype: torch.dtype) -> None:
+    """In a CPU's slower dtype ours is timed against upstream alone, for time."""
+    if provider not in ("upstream", "ours") and dtype != getattr(torch, FASTEST):
+        pytest.skip(f"in {FASTEST} only, for time")
+
 
 # ---- what time there is -----------------------------------------------------------------------
 

@@ -6,7 +6,6 @@ import os
 from functools import partial
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -44,18 +43,6 @@ LAYERS = PUBLISHED_LAYERS if DEVICE.type == "cuda" else 2
 DTYPES = ["bfloat16"] if DEVICE.type == "cuda" else ["float32", "bfloat16"]
 #: Without AMX a CPU's bfloat16 is the slower one. What is measured in one dtype is in the faster.
 FASTEST = DTYPES[-1] if DEVICE.type == "cuda" or torch.cpu._is_amx_tile_supported() else DTYPES[0]
-
-on_gpu = pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")
-compiled_on_gpu = pytest.mark.skipif(
-    DEVICE.type == "cpu", reason="timed on a GPU only: compiling takes minutes on a CPU"
-)
-
-
-def skip_extras(provider: str, dtype: torch.dtype) -> None:
-    """In a CPU's slower dtype ours is timed against upstream alone, for time."""
-    if provider not in ("upstream", "ours") and dtype != getattr(torch, FASTEST):
-        pytest.skip(f"in {FASTEST} only, for time")
-
 
 if SCALE == "tiny":
     PHOTO_SIZES = {name: (h // 8, w // 8) for name, (h, w) in PHOTO_SIZES.items()}
