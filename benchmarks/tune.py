@@ -39,7 +39,7 @@ from benchmarks.workloads import (
     photo,
 )
 from monkey_kernels import backend, extract_crops, resampler_attention, tuning
-from monkey_kernels.crops import launch
+from monkey_kernels.crops import parameters as passes
 from monkey_kernels.resampler_attention import parameters as tiles
 from monkey_model.files import atomic
 
@@ -224,12 +224,11 @@ def _crop_tasks() -> Iterator[Task]:
     floats = (image.permute(2, 0, 1) / 255).contiguous()
     settings = {"interpolation": "bicubic", "dtype": torch.float16}
     settings |= {"crop_size": 448 if SCALE == "real" else 28}
-    for passes, picture in ((launch.UINT8_PASSES, image), (launch.FLOAT_PASSES, floats)):
+    tasks = {"cut": (passes.CUT, _CUTS)} | {k: (v, _FILTERS) for k, v in passes.FILTERS.items()}
+    for name, (default, space) in tasks.items():
+        picture = floats if name.endswith("float32") else image
         run = partial(extract_crops, [picture], **settings)
-        for name, default in passes.items():
-            yield Task(name, default, _FILTERS, run, 5e-3)
-        if picture is image:
-            yield Task("cut", launch.CUT, _CUTS, run, 5e-3)
+        yield Task(f"extract_crops_{name}", default, space, run, 5e-3)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
