@@ -5,12 +5,14 @@ Importing it needs neither Triton nor a GPU.
 
 from monkey_kernels.backend import BackendStatus, backend_report, use_backend
 from monkey_kernels.crops.op import extract_crops
-from monkey_kernels.crops.reference import CLIP_MEAN, CLIP_STD
+from monkey_kernels.crops.reference import CLIP_MEAN, CLIP_STD, FITS, INTERPOLATIONS
 from monkey_kernels.resampler_attention.op import resampler_attention
 
 __all__ = [
     "CLIP_MEAN",
     "CLIP_STD",
+    "FITS",
+    "INTERPOLATIONS",
     "BackendStatus",
     "backend_report",
     "extract_crops",

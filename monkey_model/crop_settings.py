@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from monkey_kernels import FITS, INTERPOLATIONS
 from monkey_kernels.checks import check_choice, check_grid, check_int
-from monkey_kernels.crops.reference import FITS, INTERPOLATIONS
 from monkey_model.families import check_is_monkey
 
 # Of a size in a config, far beyond any encoder's: what torch makes of larger ones overflows.
