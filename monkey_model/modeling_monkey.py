@@ -18,6 +18,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from monkey_model.chat import ChatMixin
 from monkey_model.configuration_monkey import MonkeyConfig
 from monkey_model.encoder.crop_adapters import Lora_Adapter
 from monkey_model.encoder.resampler import Resampler, get_2d_sincos_pos_embed
@@ -26,7 +27,6 @@ from monkey_model.files import list_problems
 from monkey_model.inputs.images import load_image
 from monkey_model.inputs.spans import ImageSpan, find_spans, locate, mask_spans, read_path
 from monkey_model.modeling_qwen import QWenLMHeadModel, QWenModel, QWenPreTrainedModel
-from monkey_model.serving.chat import ChatMixin
 from monkey_model.transformers_compat import CACHE, one_cache
 from monkey_model.visual import VisionTransformer
 

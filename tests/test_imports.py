@@ -27,7 +27,9 @@ MAY_IMPORT = {
     "checkpoint": {"modeling", "monkey_kernels", "shared", "visual"},
     "patching": {"encoder", "inputs", "shared", "visual"},
     "freeze": {"shared"},
-    "modeling": {"configuration", "encoder", "inputs", "shared", "visual"},
+    "modeling": {
+        "configuration", "encoder", "inputs", "monkey_kernels", "processing", "shared", "visual",
+    },
     "processing": {"configuration", "inputs", "monkey_kernels", "shared"},
     "configuration": {"monkey_kernels", "shared"},
     "visual": {"encoder", "inputs", "monkey_kernels", "shared"},

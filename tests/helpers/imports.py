@@ -16,7 +16,7 @@ FRONT_DOOR = "monkey_model"
 # each package in it, and monkey_kernels.
 _ROOMS = {
     "configuration": ("configuration_monkey", "configuration_qwen"),
-    "modeling": ("modeling_monkey", "modeling_qwen"),
+    "modeling": ("chat", "modeling_monkey", "modeling_qwen"),
     "processing": ("image_processing_monkey", "processing_monkey", "tokenization_qwen"),
     "shared": (
         "crop_settings",

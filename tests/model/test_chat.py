@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from monkey_model.serving.chat import prompt_ids
+from monkey_model.chat import prompt_ids
 from monkey_model.training.peft_presets import lora_config
 from tests.helpers.checkpoint import tiny_processor
 from tests.helpers.tiny import SPAN, tiny_model

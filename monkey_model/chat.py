@@ -191,7 +191,7 @@ class ChatMixin:
                 :func:`prompt_ids`; a picture that cannot be read.
 
         Source: upstream ``QWenLMHeadModel.chat``, which loses the last token of a reply that ended
-        by its length, and stops at 20 tokens in all where no one says how many: here at 512 new ones.
+        by its length, and stops at 20 tokens in all where no one says how many: here 512 new ones.
         """
         if stream is not _NOT_GIVEN:
             raise ValueError(f"stream must not be given, as chat_stream streams; got {stream!r}")
