@@ -2,8 +2,8 @@
 
     python examples/finetune_ten_pictures.py OUT --checkpoint DIR
 
-With a published checkpoint it wants a GPU. ``monkey demo-checkpoint DIR`` makes a tiny random one, on
-which it runs on a CPU in a minute and learns nothing worth having: it shows the steps.
+With a published checkpoint it wants a GPU. ``monkey demo-checkpoint DIR`` makes a tiny random one,
+on which it runs on a CPU in a minute and learns nothing worth having: it shows the steps.
 """
 
 from __future__ import annotations
