@@ -65,11 +65,13 @@ def main() -> None:
         training={
             "max_steps": options.steps,
             "learning_rate": 1e-4,
+            "gradient_accumulation_steps": 1,
+            "dataloader_num_workers": 0,  # ten pictures need no processes of their own
             "logging_steps": 1,
             "use_cpu": not on_gpu,
         },
     )
-    print(finetune(config))
+    finetune(config)  # prints what trains
 
     answerer = Answerer.from_pretrained(
         options.out / "run" / "model", device="cuda" if on_gpu else "cpu", max_new_tokens=16
