@@ -5,12 +5,14 @@ An import counts wherever it stands: in a function, and under ``TYPE_CHECKING``.
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from tests.helpers.imports import FRONT_DOOR, Import, circle, imports, modules, room
+from tests.helpers.imports import FRONT_DOOR, ROOT, Import, arrows, circle, imports, modules, room
 
 #: What a room may import. monkey_model itself, the front door, names what is in the others.
 MAY_IMPORT = {
@@ -109,6 +111,13 @@ def test_what_runs_with_torch_alone_imports_no_transformers():
     others = ("transformers", "peft", "typer", "rich", "tokenizers")
     wrong = [i for i in IMPORTS if i.module in alone and i.target.split(".")[0] in others]
     assert not wrong, listed(wrong)
+
+
+def test_the_picture_is_of_today():
+    with Image.open(ROOT / "docs" / "architecture.png") as picture:
+        drawn = json.loads(picture.info["Description"])
+    expected = {name: sorted(targets) for name, targets in arrows(KNOWN).items()}
+    assert drawn == expected, "run python -m docs.architecture"
 
 
 # ---- the reader ---------------------------------------------------------------------------------
