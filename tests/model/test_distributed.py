@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from monkey_model.training.config import launch_arguments
-from monkey_model.training.run_directory import checkpoints, only_run
+from monkey_model.training.run_directory import FINISHED, checkpoints, only_run
 from tests.helpers.checkpoint import write_checkpoint, write_data
 
 pytestmark = pytest.mark.slow
@@ -133,7 +133,8 @@ def test_two_processes_agree_with_one(train, alone, together):
 @pytest.mark.parametrize("launch", ["ddp", "fsdp2", "zero3"], indirect=True, scope="module")
 def test_a_resumed_run_is_the_uninterrupted_one(train, launch, together):
     output, losses, adapter = together
-    (output / "checkpoint-4" / "complete").unlink()  # as if killed while it wrote this one
+    for mark in (output / "checkpoint-4" / "complete", output / FINISHED):
+        mark.unlink()  # as if killed while it wrote this checkpoint
     first = (output / "checkpoint-2" / "complete").stat().st_mtime_ns
     _, resumed_losses, resumed = train(launch, 2, launch, "--resume")
     assert (output / "checkpoint-2" / "complete").stat().st_mtime_ns == first  # not from the start
