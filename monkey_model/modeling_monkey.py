@@ -21,7 +21,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from monkey_model.chat import ChatMixin
 from monkey_model.configuration_monkey import MonkeyConfig
 from monkey_model.encoder.crop_adapters import Lora_Adapter
-from monkey_model.encoder.resampler import Resampler, get_2d_sincos_pos_embed
+from monkey_model.encoder.positions import get_2d_sincos_pos_embed
+from monkey_model.encoder.resampler import Resampler
 from monkey_model.families import family_of_keys
 from monkey_model.files import list_problems
 from monkey_model.inputs.images import load_image

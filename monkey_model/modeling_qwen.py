@@ -1,8 +1,8 @@
 """QWen, the language model under Monkey, under upstream's module names.
 
-Masks, caches, attention kernels, losses and checkpointing are transformers' own. What is QWen's:
-the packed projection ``c_attn``, the gate on ``w1``, and two rules for inference beyond
-``seq_length`` tokens: dynamic NTK and log-n attention.
+transformers brings masks, caches, attention kernels, RMSNorm, losses and checkpointing. This file
+adds what is QWen's: the packed projection ``c_attn``, the gate on ``w1``, and two rules for
+inference beyond ``seq_length`` tokens, dynamic NTK and log-n attention.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from monkey_model.files import list_problems, unreadable_pickle
 from monkey_model.gradient_checkpointing import check_not_reentrant
 from monkey_model.transformers_compat import CACHE, one_cache
 
-# Prompts are stretched up to 2**_NTK_LEVELS times seq_length.
+# Dynamic NTK stretches on for prompts of up to 2**_NTK_LEVELS times seq_length.
 _NTK_LEVELS = 16
 
-# Positions whose logits are in memory at a time, where backward computes them again: 256 of 151936
-# float32 values are 148 MiB.
+# The loss of a checkpointed training step holds the logits of so many positions at a time: 256 rows
+# of 151936 float32 values are 148 MiB.
 _LOSS_CHUNK = 256
 
 
 def ntk_alpha(lengths: Tensor, seq_length: int) -> Tensor:
-    """Stretch of the rotary base for prompts of so many tokens: 1, 3, 7, 15, ...
+    """Stretch of the rotary base for each prompt, by its length: 1, 3, 7, 15, ...
 
-    ``2 ** (k + 1) - 1`` with the least k >= 0 for which ``seq_length * 2**k`` holds the prompt.
+    It is ``2 ** (k + 1) - 1`` for the least k >= 0 with ``length <= seq_length * 2**k``.
 
     Args:
         lengths: tokens of each prompt, [B].
@@ -93,7 +93,7 @@ class QWenAttention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = config.kv_channels
-        # What transformers' attention functions ask of a module.
+        # transformers' attention functions read these three of the module.
         self.scaling = self.head_dim**-0.5
         self.num_key_value_groups = 1
         self.is_causal = True
@@ -235,13 +235,15 @@ class QWenPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, (QWenAttention, QWenMLP)):
-            # Two residual branches per block: their sum keeps its size, as in GPT-2.
+            # Each block adds two branches to the residual. This scale, GPT-2's, keeps the sum from
+            # growing with depth.
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
             init.normal_(module.c_proj.weight, std=std)
 
     def _initialize_weights(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
-        # Without the flag that this is a user's class: for those transformers skips modules that
-        # have no tensor left to set of their own, as the owners of c_proj, which never have any.
+        # transformers flags classes of users' code, as this is, and then skips each module whose
+        # own tensors are all set. The owners of c_proj own no tensor, so it would skip them always:
+        # the flag stays out.
         super()._initialize_weights(module)
 
     def _set_gradient_checkpointing(
@@ -335,10 +337,11 @@ class QWenModel(QWenPreTrainedModel):
         return outputs
 
     def _ntk_alpha(self, position_ids: Tensor, cache: Cache | None) -> Tensor:
-        """The stretch [B or 1] that a prompt's keys were, or are now to be, rotated with.
+        """The stretch [B or 1] of the rotary base for a prompt's keys.
 
-        The cache keeps it: it belongs to the keys. A static cache counts its tokens on the device,
-        so there the choice is made on the device too, in memory that a CUDA graph can keep.
+        The first call of a prompt decides it, and the cache keeps it beside the keys that it
+        rotated. A static cache counts its tokens on the device; the choice then happens on the
+        device too, and writes into memory that a CUDA graph can keep.
         """
         lengths = position_ids.amax(-1) + 1
         if self.config.use_dynamic_ntk and not self.training:
@@ -357,7 +360,7 @@ class QWenModel(QWenPreTrainedModel):
         return kept
 
     def _query_scale(self, position_ids: Tensor) -> Tensor | None:
-        """Log-n attention: log(position) to the base seq_length beyond it, 1 up to it; [B, T]."""
+        """Log-n attention's factor [B, T] of each query: log(position) / log(seq_length), or 1."""
         if self.training or not self.config.use_logn_attn:
             return None
         scale = (position_ids + 1).float().log() / math.log(self.config.seq_length)
@@ -400,9 +403,9 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
             kwargs: and the other arguments: see :meth:`QWenModel.forward`. ``num_items_in_batch``
                 is the divisor of the loss.
 
-        With gradient checkpointing a training step keeps no logits: it returns the loss alone, and
-        backward computes them again, 256 positions at a time. For 2048 tokens of QWen's vocabulary
-        that is 3 GiB less.
+        With gradient checkpointing a training step returns the loss and no logits: it computes
+        them 256 positions at a time, and again so in backward. That saves 3 GiB for 2048 tokens of
+        QWen's vocabulary.
         """
         outputs = self.transformer(
             input_ids=input_ids,
@@ -441,7 +444,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """The loss of hidden states [B, T, hidden_size], of which backward keeps these alone."""
+        """The loss of hidden states [B, T, hidden_size]; backward keeps them and no logits."""
         shifted = F.pad(labels, (0, 1), value=-100)[:, 1:].flatten()
         if num_items_in_batch is None:
             num_items_in_batch = (shifted != -100).sum()

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-#: Which adapter a batch of crops uses: none, one for all rows, or a one-hot row per crop
-#: [crops, adapters] (a row of zeros: none).
+#: The adapters of a batch of crops: None for no adapter, a number for one adapter on all crops, or
+#: a tensor [crops, adapters] with a one-hot row per crop, where a row of zeros means no adapter.
 AdapterSelection = int | Tensor | None
 
 
@@ -58,8 +58,8 @@ def with_adapters(
 ) -> Tensor:
     """``base(x)`` plus what the selected adapters make of ``x``.
 
-    The adapters come first: where backward computes this again, it stops as soon as it has what
-    they need, before the product of a frozen base.
+    The adapters run before ``base``. When backward recomputes this call, the recomputation stops
+    after the adapters, and so skips the product of a frozen base.
 
     Args:
         base: the adapted projection.
@@ -76,8 +76,9 @@ def with_adapters(
     layers = [layer for adapter in bank for layer in (adapter.lora_a, adapter.lora_b)]
     plain = all(type(layer) is nn.Linear and not layer.weight.is_meta for layer in layers)
     if not plain or (isinstance(selection, int) and torch.is_grad_enabled()):
-        # As modules: quantised or wrapped adapters have no plain weight, offloaded ones only while
-        # they are called; and the gradient of lora_scale is more exact in half precision.
+        # Call the adapters as modules. A quantised or wrapped adapter has no plain weight, and an
+        # offloaded one has its weight only during its call. In half precision this form also gives
+        # a more exact gradient of lora_scale.
         term = _modules_term(x, bank, selection)
         return base(x) + term
     t, up = _low_rank(x, bank, selection)
@@ -86,7 +87,7 @@ def with_adapters(
         return base(x) + term
     out = base(x)
     if out.dtype == t.dtype and _is_ours(out, base):
-        # No backward will come: into the output, with no pass over it but the product's own.
+        # No backward follows, so the product adds to the output in place and saves a pass over it.
         out.view(-1, out.shape[-1]).addmm_(t.flatten(0, -2), up.to(t.dtype).T)
         return out
     return out + F.linear(t, up)
@@ -97,13 +98,14 @@ def _low_rank(
 ) -> tuple[Tensor, Tensor]:
     """What the selected adapters make of ``x``, as factors [crops, N, ranks], [out_feat, ranks].
 
-    A batch that mixes crops runs all adapters side by side: one product with the stacked
-    ``lora_a``, the columns of other crops' adapters set to zero, one with the stacked ``lora_b``.
-    Every row costs the rank of all adapters (4 x 16 of 1664), and there is nothing to sort.
+    In a batch that mixes crops each row goes through all adapters: one product with the stacked
+    ``lora_a``, a mask that zeroes the columns of the other crops' adapters, and one product with
+    the stacked ``lora_b``. A row then costs the rank of all adapters, 4 x 16 beside a width of
+    1664, and no row has to be sorted.
     """
     if isinstance(selection, int):
         bank = bank[selection : selection + 1]
-    # A row belongs to one adapter, so dropping once is each adapter dropping on its own rows.
+    # Each row uses one adapter, so one dropout for all rows equals a dropout per adapter.
     x = bank[0].lora_dropout(x)
     down = torch.cat([adapter.lora_a.weight for adapter in bank])
     up = torch.cat([adapter.lora_b.weight * adapter.lora_scale for adapter in bank], dim=1)
@@ -122,7 +124,7 @@ def _modules_term(x: Tensor, bank: Sequence[Lora_Adapter], selection: int | Tens
 
 
 def _is_ours(out: Tensor, base: Callable[[Tensor], Tensor]) -> bool:
-    """Whether ``out``, fresh from ``base``, may be overwritten: no one else can hold it."""
+    """Whether the caller may overwrite ``out``: ``base`` has just made it and no hook saw it."""
     hooked = isinstance(base, nn.Module) and len(base._forward_hooks) > 0
     return out.is_contiguous() and not out.requires_grad and not hooked
 
@@ -184,7 +186,8 @@ def select_adapters(
 ) -> AdapterSelection:
     """``index``, one checked entry per crop of a batch, as the selection that the blocks take.
 
-    ``one_hot``: never a single number, which a compiled block would be specialised to.
+    ``one_hot`` asks for rows in place of a single number, to which torch.compile would specialise
+    a block.
     """
     if all(entry is None for entry in index):
         return None

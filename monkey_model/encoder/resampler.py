@@ -48,9 +48,9 @@ class Resampler(nn.Module):
         self.num_queries = grid_size**2
         self.embed_dim = embed_dim
         self.num_heads = num_heads
-        # torch.tensor, unlike from_numpy, takes the default device: a meta model holds no memory.
+        # torch.tensor obeys the default device, from_numpy does not: a meta model holds no memory.
         table = torch.tensor(get_2d_sincos_pos_embed(embed_dim, grid_size))
-        # Of the default dtype, as the other parameters: from_pretrained(dtype=...) builds under it.
+        # from_pretrained(dtype=...) sets the default dtype, in which other parameters are made too.
         self.pos_embed = nn.Parameter(table.to(torch.get_default_dtype()), requires_grad=False)
         self.query = nn.Parameter(torch.zeros(self.num_queries, embed_dim))
         self.kv_proj: nn.Module = nn.Identity()
@@ -75,16 +75,16 @@ class Resampler(nn.Module):
     def fold(self, enabled: bool = True) -> Resampler:
         """Allow (the default) or forbid the folded form of ``folded_resampler.py``.
 
-        Where it is allowed, it runs in eval mode while gradients are off, on plain modules: not
-        where an adapter or a quantised layer wraps a projection, or a hook watches one. It is built
-        at the first such call, and again when a parameter has changed, moved or been cast, or a
-        call with gradients came between. Compiled and exported graphs use what an eager call has
-        built, with the parameters of that time, until the module is moved, loaded or trained.
+        The folded form runs in eval mode while gradients are off, if all parts are plain modules:
+        no adapter or quantised layer wraps a projection, and no hook watches one. The first such
+        call builds it. A later one builds it again after a parameter has changed, moved or been
+        cast, and after a call with gradients. Compiled and exported graphs use what an eager call
+        has built, with the parameters of that time, until the module is moved, loaded or trained.
 
-        Call ``fold()`` after a change that leaves no trace: one through ``parameter.data``, or,
-        inside ``torch.inference_mode()``, one in place to a parameter that was made in that mode
-        (outside it torch refuses such a change). ``load_state_dict`` on the module or around it is
-        always seen.
+        Call ``fold()`` after a change that the module cannot see: a change through
+        ``parameter.data``, or a change in place, inside ``torch.inference_mode()``, to a parameter
+        that was made in that mode. (Outside it torch refuses such a change.) The module sees every
+        ``load_state_dict``, on itself or on a module around it.
         """
         self.fold_enabled = enabled
         self._forget()
@@ -95,16 +95,16 @@ class Resampler(nn.Module):
         self._positions.drop()
 
     def _foldable(self) -> bool:
-        """Whether the parts are those that the fold multiplies out, and nothing watches them."""
+        """Whether all parts are of the classes that the fold multiplies out, without hooks."""
         return (
             self.fold_enabled
             and type(self.kv_proj) is nn.Linear
             and type(self.attn) is nn.MultiheadAttention
-            # The class that nn.MultiheadAttention itself puts there.
+            # nn.MultiheadAttention itself makes its out_proj of this class.
             and type(self.attn.out_proj) is nn.modules.linear.NonDynamicallyQuantizableLinear
             and type(self.ln_kv) is nn.LayerNorm
             and self.ln_kv.bias is not None
-            # A hook on a part expects that part to be called.
+            # A hook on a part expects a call of that part; the fold makes none.
             and not any(m._forward_hooks or m._forward_pre_hooks for m in self._parts())
         )
 
@@ -112,9 +112,9 @@ class Resampler(nn.Module):
         return self.kv_proj, self.attn, self.attn.out_proj, self.ln_q, self.ln_kv
 
     def _fold(self, tokens: int) -> FoldedResampler | None:
-        """The folded form for crops of this many tokens, None where it cannot be used."""
+        """The folded form for crops of this many tokens, or None: then the plain form runs."""
         if self.training or torch.is_grad_enabled():
-            # An optimizer's step may follow, and a fused one does not count a parameter's versions.
+            # An optimizer's step may follow. A fused one changes parameters, not their versions.
             self._folded.drop()
             return None
         if not self._foldable():
@@ -162,7 +162,7 @@ class Resampler(nn.Module):
             return folded(x)
         query, keys, tokens = self._attended(x)
         if type(self.attn) is not nn.MultiheadAttention:
-            # Something wraps the attention as a whole and has to run as it is.
+            # Something wraps the attention as a whole: call it, and nothing in its place.
             repeated = query[:, None].expand(-1, tokens.shape[0], -1)
             keys, tokens = keys.transpose(0, 1), tokens.transpose(0, 1)
             out, _ = self.attn(repeated, keys, tokens, attn_mask=attn_mask, need_weights=False)
@@ -215,7 +215,8 @@ class Resampler(nn.Module):
         if self.attn.in_proj_weight.is_meta:
             from accelerate.utils import align_module_device
 
-            with align_module_device(self.attn):  # what its call, which never comes, would do
+            # accelerate brings the weights in a call of self.attn, and no such call happens here.
+            with align_module_device(self.attn):
                 return self.attn.in_proj_weight, self.attn.in_proj_bias
         return self.attn.in_proj_weight, self.attn.in_proj_bias
 
