@@ -146,9 +146,14 @@ def builds(monkeypatch):
     return made
 
 
+def assert_same_up_to_rounding(out, expected):
+    """Of float32: a fold that is stale, or another resampler's, is a thousand times further."""
+    assert relative_l2(out, expected) < 1e-5
+
+
 def assert_is_plain_form(resampler, x):
     with torch.no_grad():
-        torch.testing.assert_close(resampler(x), plain_form(resampler, x), rtol=1e-4, atol=1e-5)
+        assert_same_up_to_rounding(resampler(x), plain_form(resampler, x))
 
 
 def test_built_once_and_rebuilt_when_a_parameter_changes(builds):
@@ -228,7 +233,7 @@ def test_parameters_made_in_inference_mode_are_folded(builds):
         expected = plain_form(make_resampler(), x)
     for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
         with mode():
-            torch.testing.assert_close(resampler(x), expected, rtol=1e-4, atol=1e-5)
+            assert_same_up_to_rounding(resampler(x), expected)
     assert len(builds) == 1
     for parameter in resampler.parameters():
         with torch.no_grad(), pytest.raises(RuntimeError, match="outside InferenceMode"):
@@ -311,10 +316,10 @@ def test_compiled_with_parameters_made_in_inference_mode():
     compiled = torch.compile(resampler, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         expected = plain_form(resampler, x)
-        torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
+        assert_same_up_to_rounding(compiled(x), expected)
         resampler(x)
         assert resampler._folded._held is not None
-        torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
+        assert_same_up_to_rounding(compiled(x), expected)
 
 
 def test_hooks_on_a_part_are_called(builds):
@@ -384,18 +389,19 @@ def test_compile_without_graph_breaks():
     expected = torch.autograd.grad(train(x), parameters, out_grad)
     compiled = torch.compile(train, fullgraph=True, backend="aot_eager")
     got = torch.autograd.grad(compiled(x), parameters, out_grad)
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    for g, e in zip(got, expected, strict=True):
+        assert_same_up_to_rounding(g, e)
 
     resampler = make_resampler()
     compiled = torch.compile(resampler, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         unfolded = compiled(x)
-        torch.testing.assert_close(unfolded, plain_form(resampler, x), rtol=1e-4, atol=1e-5)
+        assert_same_up_to_rounding(unfolded, plain_form(resampler, x))
         resampler(x)  # an eager call folds; the compiled one takes it from there
-        torch.testing.assert_close(compiled(x), unfolded, rtol=1e-4, atol=1e-5)
+        assert_same_up_to_rounding(compiled(x), unfolded)
         resampler.load_state_dict(make_resampler(seed=3).state_dict())
         expected = plain_form(resampler, x)
-        torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
+        assert_same_up_to_rounding(compiled(x), expected)
 
 
 @pytest.mark.parametrize("fold", [True, False])
@@ -404,7 +410,7 @@ def test_export(fold):
     with torch.no_grad():
         expected = resampler(x)
         program = torch.export.export(resampler, (x,))
-        torch.testing.assert_close(program.module()(x), expected, rtol=1e-4, atol=1e-5)
+        assert_same_up_to_rounding(program.module()(x), expected)
     graphs = [m.graph for m in program.graph_module.modules() if hasattr(m, "graph")]
     products = [n for graph in graphs for n in graph.nodes if "linear" in str(n.target)]
     # Folded: R in 4 blocks, [K; V], W_o, the mean's share. Else: kv_proj, query, key, value, W_o.
