@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +80,7 @@ def _weight_files(
     raise FileNotFoundError(f"{name} has no {weights} in any of {files}: {directory}")
 
 
-def _read_config(name: str, checkpoint: str | Path) -> tuple[Path, dict[str, Any]]:
+def read_config(name: str, checkpoint: str | Path) -> tuple[Path, dict[str, Any]]:
     """``config.json`` and what it holds."""
     check_directory(name, checkpoint)
     path = Path(checkpoint, "config.json")
@@ -110,20 +110,42 @@ def _check_names(shards: Iterable[Path]) -> None:
             owners[name] = shard
 
 
-def _read_safetensors(shards: Iterable[Path]) -> dict[str, Tensor]:
+def read_weights(
+    name: str, checkpoint: str | Path, *, prefix: str = "", allow_pickle: bool = False
+) -> dict[str, Tensor]:
+    """The weights of a checkpoint called ``prefix``..., by the rest of their names.
+
+    Files are mapped into memory (but pickles of before torch 1.6): what is not used is not read.
+
+    Args:
+        name: what messages call the checkpoint.
+        checkpoint: directory.
+        prefix: of the names.
+        allow_pickle: as in :func:`load_visual`.
+
+    Raises:
+        FileNotFoundError: no such weights, or a shard is missing.
+        ValueError: pickles without ``allow_pickle``; a broken file; a tensor that is there twice.
+    """
+    kind, shards = _weight_files(name, Path(checkpoint), prefix, allow_pickle)
+    read = _read_safetensors if kind == "safetensors" else _read_pickles
+    return read(shards, prefix)
+
+
+def _read_safetensors(shards: Iterable[Path], prefix: str) -> dict[str, Tensor]:
     state = {}
     for shard in shards:
         try:
             with safe_open(shard, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118 (no mapping: it has no __iter__)
-                    if key.startswith(PREFIX):
-                        state[key.removeprefix(PREFIX)] = file.get_tensor(key)
+                    if key.startswith(prefix):
+                        state[key.removeprefix(prefix)] = file.get_tensor(key)
         except SafetensorError as error:
             raise ValueError(f"{shard} is no readable safetensors file: {error}") from None
     return state
 
 
-def _read_pickles(shards: Iterable[Path]) -> dict[str, Tensor]:
+def _read_pickles(shards: Iterable[Path], prefix: str) -> dict[str, Tensor]:
     state = {}
     for shard in shards:
         try:
@@ -135,32 +157,53 @@ def _read_pickles(shards: Iterable[Path]) -> dict[str, Tensor]:
         if not isinstance(content, dict):
             raise ValueError(f"{shard} must hold a state dict; got {type(content).__name__}")
         for key, tensor in content.items():
-            if isinstance(key, str) and key.startswith(PREFIX):
-                state[key.removeprefix(PREFIX)] = tensor
+            if isinstance(key, str) and key.startswith(prefix):
+                state[key.removeprefix(prefix)] = tensor
     return state
 
 
-def _check_state(encoder: VisionTransformer, state: dict[str, Tensor], where: Path) -> None:
-    expected = encoder.state_dict()
-    problems = [f"missing {PREFIX}{key}" for key in expected if key not in state]
-    unexpected = [f"{PREFIX}{key}" for key in state if key not in expected]
+def check_state(
+    expected: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    where: str | Path,
+    *,
+    prefix: str = "",
+    part: str = "model",
+) -> None:
+    """Whether a checkpoint has the tensors that a part of the model has, each of its shape.
+
+    Args:
+        expected: the part's state dict, on any device.
+        state: what the checkpoint holds, by the same names.
+        where: what messages call it.
+        prefix: of the names, in messages.
+        part: in messages.
+
+    Raises:
+        ValueError: it lacks some, has others, or some are of another shape or no floats.
+    """
+    problems = [f"missing {prefix}{key}" for key in expected if key not in state]
+    unexpected = [f"{prefix}{key}" for key in state if key not in expected]
     problems += [f"unexpected {key}" for key in unexpected]
     for key, tensor in state.items():
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             kind = getattr(tensor, "dtype", type(tensor).__name__)
-            problems.append(f"{PREFIX}{key} must be a tensor of floats, got {kind}")
+            problems.append(f"{prefix}{key} must be a tensor of floats, got {kind}")
         elif key in expected and tensor.shape != expected[key].shape:
             shapes = f"{list(expected[key].shape)}, got {list(tensor.shape)}"
-            problems.append(f"{PREFIX}{key} must be {shapes}")
+            problems.append(f"{prefix}{key} must be {shapes}")
     if problems:
         raise ValueError(
-            f"{where} does not fit the encoder of its config{family_of_keys(unexpected)}: "
+            f"{where} does not fit the {part} of its config{family_of_keys(unexpected)}: "
             f"{list_problems(problems)}"
         )
 
 
-def _check_finite(where: str | Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """One pass over each tensor, without a copy of it: 20 GB take a core two seconds."""
+def check_finite(where: str | Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise a ValueError, which calls their home ``where``, if tensors hold NaN or infinity.
+
+    One pass over each tensor, without a copy of it: 20 GB take a core two seconds.
+    """
     bad = [f"{name} ({tensor.dtype})" for name, tensor in tensors if not _is_finite(tensor)]
     if bad:
         raise ValueError(f"{where} holds NaN or infinity in {list_problems(bad, 5, ', ')}")
@@ -209,12 +252,11 @@ def load_visual(
     """
     check_dtype("dtype", dtype, (torch.float32, torch.float16, torch.bfloat16, torch.float64))
     directory = Path(checkpoint)
-    config_path, content = _read_config("checkpoint", checkpoint)
+    config_path, content = read_config("checkpoint", checkpoint)
     config = content.get("visual")
     if not isinstance(config, dict):
         raise ValueError(f"{config_path} must have an object 'visual'")
-    kind, shards = _weight_files("checkpoint", directory, PREFIX, allow_pickle)
-    state = _read_safetensors(shards) if kind == "safetensors" else _read_pickles(shards)
+    state = read_weights("checkpoint", directory, prefix=PREFIX, allow_pickle=allow_pickle)
 
     try:
         with torch.device("meta"):
@@ -223,9 +265,9 @@ def load_visual(
             )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{config_path} 'visual' does not describe an encoder: {error}") from None
-    _check_state(encoder, state, directory)
+    check_state(encoder.state_dict(), state, directory, prefix=PREFIX, part="encoder")
     state = {key: tensor.to(device, dtype) for key, tensor in state.items()}
-    _check_finite(directory, ((PREFIX + key, tensor) for key, tensor in state.items()))
+    check_finite(directory, ((PREFIX + key, tensor) for key, tensor in state.items()))
     encoder.load_state_dict(state, assign=True)
     return encoder.eval()
 
@@ -257,7 +299,7 @@ def load_model(
     """
     from monkey_model.modeling_monkey import MonkeyLMHeadModel  # encoding alone needs no LLM
 
-    _read_config(name, checkpoint)
+    read_config(name, checkpoint)
     # transformers would load both, an adapter's pickle too.
     if Path(checkpoint, "adapter_config.json").exists():
         raise ValueError(f"{name} must be a whole model without an adapter beside it: {checkpoint}")
@@ -273,5 +315,5 @@ def load_model(
             f"{name} {checkpoint} lacks {len(missing)} weights of the model: "
             f"{list_problems(missing, 5, ', ')}"
         )
-    _check_finite(checkpoint, ((key, p.detach()) for key, p in model.named_parameters()))
+    check_finite(checkpoint, ((key, p.detach()) for key, p in model.named_parameters()))
     return model

@@ -16,10 +16,12 @@ _TEXTMONKEY = (
 
 
 def check_is_monkey(visual: Mapping[str, Any]) -> None:
-    """Raise a ValueError if ``visual`` of a config describes another family's encoder.
+    """Raise a ValueError if ``visual`` of a config is none, or describes another family's encoder.
 
     Source: upstream ``monkey_model/text_monkey/visual_text.py``.
     """
+    if not isinstance(visual, Mapping):
+        raise ValueError(f"visual must be an object; got {visual!r}")
     fields = [name for name in _TEXTMONKEY_FIELDS if name in visual]
     if fields:
         raise ValueError(f"visual must be Monkey's; got {', '.join(fields)}: {_TEXTMONKEY}")
