@@ -21,7 +21,8 @@ MAY_IMPORT = {
         "serving", "shared", "training",
     },
     "serving": {
-        "checkpoint", "inputs", "monkey_kernels", "processing", "shared", "training", "visual",
+        "checkpoint", "configuration", "inputs", "modeling", "monkey_kernels", "processing",
+        "shared", "training", "visual",
     },
     "training": {
         "checkpoint", "freeze", "inputs", "monkey_kernels", "processing", "shared", "visual",
