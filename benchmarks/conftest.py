@@ -12,7 +12,6 @@ import importlib.metadata
 import json
 import platform
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -210,15 +209,6 @@ def pytest_terminal_summary(config: pytest.Config) -> None:
 # ---- what every run records beside its figures -------------------------------------------------
 
 
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())
-
-
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -226,26 +216,18 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _driver() -> str | None:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.splitlines()[0]
-
-
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
     for private in ("node", "release"):  # the host's name and kernel are nobody's business
         machine_info.pop(private, None)
+    brand = machine_info["cpu"].get("brand_raw") or platform.processor()
     amx = torch.cpu._is_amx_tile_supported()  # decides how fast bfloat16 is
-    cpu = {"brand_raw": _cpu_name(), "threads": torch.get_num_threads(), "amx": amx}
+    cpu = {"brand_raw": brand, "threads": torch.get_num_threads(), "amx": amx}
     machine_info |= {"cpu": cpu, "gpu": None, "torch": torch.__version__}
     machine_info |= {package: _version(package) for package in _PACKAGES}
     machine_info["settings"] = {"scale": SCALE, "layers": LAYERS, "dtypes": DTYPES}
     if DEVICE.type == "cuda":
         machine_info["gpu"] = torch.cuda.get_device_name()
-        machine_info["driver"] = _driver()
+        machine_info["driver"] = torch._C._cuda_getDriverVersion()  # the CUDA that it supports
         machine_info["cuda"] = torch.version.cuda or torch.version.hip
 
 

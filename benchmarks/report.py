@@ -12,6 +12,7 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,9 +95,7 @@ def newest_runs(results: Path = RESULTS) -> list[Run]:
 
 def grouped(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Rows by group, in the order of the run, but for the baseline, which comes first."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row.group, []).append(row)
+    groups = {row.group: [r for r in rows if r.group == row.group] for row in rows}
     return {k: sorted(v, key=lambda r: r.provider != baseline(v)) for k, v in groups.items()}
 
 
@@ -144,34 +143,38 @@ def _error(row: Row) -> str:
     return "not compared here"
 
 
-def row_table(rows: Sequence[Row]) -> str:
-    """A line for each row, a group's baseline first; on a GPU with its rooflines."""
-    gpu = [k for k in ("TFLOP/s", "GB/s", "share of roofline", "peak MiB", "host")
-           if any(k in row.info for row in rows)]  # fmt: skip
-
-    def extra(row: Row, key: str) -> str:
-        value = row.info.get(key, "")
-        return _show(value, " s") if key == "host" else value and f"{value:.3g}"
-
+def _lines(rows: Sequence[Row], gpu: Sequence[str] = ()) -> list[list[str]]:
     lines = []
     for group, members in grouped(rows).items():
         for row in members:
             ratio = _show(gain(row, members), "x", ".2f")
-            line = [row.provider, _show(row.value, f" {row.unit}"), ratio, _error(row)]
-            name = group if row is members[0] else ""
-            lines.append([name, *line, *(extra(row, key) for key in gpu)])
-    head = ["what", "provider", "median (quartiles)", "times less than the first", "error"]
-    return table(head + gpu, lines)
+            line = [group, row.provider, _show(row.value, f" {row.unit}"), ratio, _error(row)]
+            found = {key: row.info[key] for key in gpu if key in row.info}
+            found = {k: _show(v, " s") if k == "host" else f"{v:.3g}" for k, v in found.items()}
+            lines.append([*line, *(found.get(key, "") for key in gpu)])
+    return lines
+
+
+_HEAD = ["what", "provider", "median (quartiles)", "times less than the baseline", "error"]
+
+
+def row_table(rows: Sequence[Row]) -> str:
+    """A line for each row, a group's baseline first; on a GPU with its rooflines."""
+    gpu = [k for k in ("TFLOP/s", "GB/s", "share of roofline", "peak MiB", "host")
+           if any(k in row.info for row in rows)]  # fmt: skip
+    lines = _lines(rows, gpu)
+    for line, before in reversed([*zip(lines[1:], lines, strict=False)]):
+        line[0] = "" if line[0] == before[0] else line[0]
+    return table(_HEAD + gpu, lines)
 
 
 def not_run(entries: Sequence[dict[str, str]]) -> str:
     """What failed, and how many rows of a test were skipped for the same reason."""
-    counts: dict[tuple[str, str], int] = {}
+    counts: Counter[tuple[str, str]] = Counter()
     for entry in entries:
         failed = entry["outcome"] == "failed"
         name = entry["name"] if failed else entry["name"].partition("[")[0]
-        key = name, "failed: " * failed + entry["reason"]
-        counts[key] = counts.get(key, 0) + 1
+        counts[name, "failed: " * failed + entry["reason"]] += 1
     lines = [[name, str(count), why] for (name, why), count in counts.items()]
     return table(["not run", "rows", "why"], lines) if lines else ""
 
@@ -187,17 +190,11 @@ def headline(runs: Sequence[Run]) -> str:
     """Of each device five figures, gains and losses."""
     parts = []
     for run in runs:
-        lines = []
+        rows = _lines(run.rows)
+        found: list[list[str]] = []
         for start, provider in _HEADLINES:
-            groups = (rows for group, rows in grouped(run.rows).items() if group.startswith(start))
-            rows = next(groups, [])
-            for row in rows:
-                if row.provider == provider and (ratio := gain(row, rows)):
-                    value = _show({**row.value, "q3": 0}, f" {row.unit}")
-                    times = f"{ratio['median']:.2f}x"
-                    lines.append([row.group, provider, value, times, _error(row)])
-        head = ["what", "provider", "median", "times less than upstream", "error"]
-        parts.append(f"{_origin(run)}\n{table(head, lines)}")
+            found += [r for r in rows if r[0].startswith(start) and r[1] == provider][:1]
+        parts.append(f"{_origin(run)}\n{table(_HEAD, found)}")
     return "\n".join(parts)
 
 
@@ -297,9 +294,9 @@ def updated(text: str, folder: Path, runs: Sequence[Run]) -> str:
 def write(runs: Sequence[Run]) -> None:
     """Bring the pages up to date."""
     for page in PAGES:
-        text = page.read_text(encoding="utf-8")
+        text = updated(page.read_text(encoding="utf-8"), page.parent, runs)
         with atomic(page) as name:
-            Path(name).write_text(updated(text, page.parent, runs), encoding="utf-8")
+            Path(name).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

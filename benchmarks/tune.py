@@ -18,7 +18,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -75,7 +76,7 @@ def search(
     task: Task,
     seconds: Callable[[Any], float | None],
     is_over: Callable[[], bool] = lambda: False,
-    prepare: Callable[[Sequence[Any]], None] = lambda candidates: None,
+    prepare: Callable[[Any], Any] = lambda candidate: None,
 ) -> tuple[Any, dict[Any, float | None]]:
     """The fastest parameters found, and the time of each that was tried.
 
@@ -83,25 +84,24 @@ def search(
         task: its default is returned where nothing is faster by MARGIN.
         seconds: the time of some parameters; None where they do not work.
         is_over: whether to stop with what has been found.
-        prepare: is told what will be timed next.
+        prepare: is told of each candidate before the first of its round is timed.
     """
     best, times = task.default, {task.default: seconds(task.default)}
-    batch = list(task.starts)
+    batch = [start for start in task.starts if start != best]
     while times[best] is not None:
-        before = best
-        prepare([candidate for candidate in batch if candidate not in times])
         for candidate in batch:
-            if candidate in times:
-                continue
+            prepare(candidate)
+        for candidate in batch:
             if is_over():
                 return best, times
             times[candidate] = took = seconds(candidate)
             if took is not None and took < times[best] * (1 - MARGIN):
                 best = candidate
-        if best == before and batch != list(task.starts):
+        near = [dataclasses.replace(best, **{name: value})
+                for name, values in task.space.items() for value in values]  # fmt: skip
+        batch = [candidate for candidate in near if candidate not in times]
+        if not batch:
             break
-        batch = [dataclasses.replace(best, **{name: value})
-                 for name, values in task.space.items() for value in values]  # fmt: skip
     return best, times
 
 
@@ -121,11 +121,11 @@ def write(path: Path, kernel: str, found: dict[str, int]) -> None:
 
 
 def time_candidates(
-    task: Task, wait: Callable[[Any], None] = lambda parameters: None
+    task: Task, submit: Callable[[Any], Future[None] | None] = lambda parameters: None
 ) -> Callable[[Any], float | None]:
     """A function that times a task with some parameters, and gives None where they are wrong.
 
-    ``wait`` returns when they are compiled.
+    ``submit`` gives what compiles them, if anything does.
     """
     with backend.use_backend("torch"):
         expected = task.run()
@@ -133,7 +133,8 @@ def time_candidates(
     def seconds(parameters: Any) -> float | None:
         with tuning.trying(task.kernel, parameters):
             try:
-                wait(parameters)
+                if compiled := submit(parameters):
+                    wait([compiled])  # how it ended there is shown by the run here
                 got = task.run()
             except Exception:  # too many resources, or whatever the compiler raises
                 return None
@@ -154,32 +155,16 @@ def _task(kernel: str) -> Task:
 
 
 def compile_ahead(kernel: str, parameters: Any) -> None:
-    """Run a kernel once in a process of the pool: what is compiled lands in Triton's cache.
-
-    A candidate that breaks its process leaves this one's GPU context whole.
-    """
+    """Run a kernel once in a process of the pool: what it compiles lands in Triton's cache."""
     with backend.use_backend("triton"), tuning.trying(kernel, parameters):
         _task(kernel).run()
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
 
 
-class Compiler:
-    """Compiles candidates in other processes."""
-
-    def __init__(self, pool: ProcessPoolExecutor | None) -> None:
-        self.pool = pool
-        self.jobs: dict[tuple[str, Any], Future[None]] = {}
-
-    def prepare(self, kernel: str, candidates: Sequence[Any]) -> None:
-        for candidate in candidates if self.pool else ():
-            if (kernel, candidate) not in self.jobs:
-                job = self.pool.submit(compile_ahead, kernel, candidate)
-                self.jobs[kernel, candidate] = job
-
-    def wait(self, kernel: str, candidate: Any) -> None:
-        if job := self.jobs.get((kernel, candidate)):
-            job.result()
+def _submit(pool: ProcessPoolExecutor | None, kernel: str, parameters: Any) -> Future[None] | None:
+    try:
+        return pool.submit(compile_ahead, kernel, parameters) if pool else None
+    except BrokenProcessPool:  # a candidate took its process with it: no more is compiled ahead
+        return None
 
 
 def tasks() -> Iterator[Task]:
@@ -251,25 +236,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = options.out or tuning.config_path(DEVICE)
     code = 0
     with backend.use_backend("triton"), contextlib.ExitStack() as kept:
-        pool = (
-            ProcessPoolExecutor(options.workers, get_context("spawn")) if options.workers else None
-        )
-        if pool:
+        pool = None
+        if options.workers:
+            pool = ProcessPoolExecutor(options.workers, get_context("spawn"))
             kept.callback(pool.shutdown, cancel_futures=True)
-        compiler = Compiler(pool)
+        submit = functools.cache(partial(_submit, pool))
         found_tasks = list(tasks())
         for task in found_tasks:
-            compiler.prepare(task.kernel, [task.default, *task.starts])
+            for candidate in (task.default, *task.starts):
+                submit(task.kernel, candidate)
         end = time.monotonic() + options.seconds
         for task in found_tasks:
             if time.monotonic() > end:
                 print(f"{task.kernel}: no time left, keeps its parameters")
                 continue
-            seconds = time_candidates(task, partial(compiler.wait, task.kernel))
-            found, times = search(
-                task, seconds, lambda: time.monotonic() > end,
-                partial(compiler.prepare, task.kernel),
-            )  # fmt: skip
+            seconds = time_candidates(task, partial(submit, task.kernel))
+            found, times = search(task, seconds, lambda: time.monotonic() > end,
+                                  partial(submit, task.kernel))  # fmt: skip
             before, after = times[task.default], times[found]
             if before is None or after is None:
                 print(f"{task.kernel}: the default does not run, or is wrong", file=sys.stderr)
