@@ -1,4 +1,4 @@
-"""How far the CPU's fast path for large shrinks is from Pillow: the figures that README states.
+"""How far the CPU's fast path for large shrinks is from Pillow: the figures that docs/encoding.md states.
 
 torch's uint8 filter has 16-bit weights. Its error depends on the ratio of the sides, not on the
 processor; the sizes here are the worst that a search over ratios from 2.5 to 8 found.
@@ -58,8 +58,8 @@ def test_drawings_at_the_worst_size() -> None:
     assert 0.1 < share <= 0.15 and levels == 1
 
 
-def test_readme_states_the_bounds() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+def test_the_guide_states_the_bounds() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "encoding.md").read_text(encoding="utf-8")
     for interpolation, share in WORST.items():
-        assert f"{100 * share:.1f} % ({interpolation})" in readme
-    assert "15 %" in readme
+        assert f"{100 * share:.1f} % ({interpolation})" in guide
+    assert "15 %" in guide
