@@ -1,4 +1,4 @@
-"""How far the CPU's fast path for large shrinks is from Pillow: the figures that docs/encoding.md states.
+"""How far the CPU's fast path for large shrinks is from Pillow: what docs/encoding.md states.
 
 torch's uint8 filter has 16-bit weights. Its error depends on the ratio of the sides, not on the
 processor; the sizes here are the worst that a search over ratios from 2.5 to 8 found.
