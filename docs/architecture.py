@@ -105,7 +105,7 @@ def draw() -> Figure:
     }
     for name, targets in inner.items():
         beyond = set().union(*(_reachable(target, inner) for target in targets))
-        for target in targets:
+        for target in sorted(targets):
             indirect = target in beyond
             axes.add_patch(
                 FancyArrowPatch(
