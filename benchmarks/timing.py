@@ -238,18 +238,18 @@ def measure(
         return
     if DEVICE.type == "cuda":  # where the first calls have loaded kernels, or tuned them
         seconds, _ = _timed(calls)
-    if provider == baseline:
-        fewest = 1  # every other provider times it too
-    rounds = BUDGET.rounds(seconds, fewest)
+    # Every other provider times the baseline, too.
+    rounds = BUDGET.rounds(seconds, 1 if provider == baseline else fewest)
     if DEVICE.type == "cpu":
-        times = _host_times(benchmark, *calls, rounds=rounds)
+        before: list[float] = []  # of the baseline, before each round
+        setup = (lambda: before.append(_timed(calls[1:])[0])) if calls[1:] else None
+        benchmark.pedantic(calls[0], setup=setup, rounds=rounds)
+        times = [benchmark.stats.stats.data, before]
     else:
-        info["peak MiB"] = _peak_mib(calls[0])
-        benchmark.pedantic(_synchronous(calls[0]), rounds=_FEWEST)
+        benchmark.pedantic(lambda: _timed(calls[:1]), rounds=_FEWEST)
         times, host = event_times(calls, rounds)
-        info["value"] = {**spread(times[0]), "unit": "s"}
-        info["host"] = spread(host[0])
-        _add_roofline(info, flop, bytes_moved)
+        info["value"], info["host"] = {**spread(times[0]), "unit": "s"}, spread(host[0])
+        _add_ceilings(info, calls[0], flop, bytes_moved)
     if provider != baseline:
         info["against"] = baseline
         info["speed"] = spread([b / t for t, b in zip(*times, strict=True)])
@@ -264,49 +264,22 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def _timed(calls: Sequence[Callable[[], Any]]) -> tuple[float, list[Any]]:
     """Seconds that one call of each takes, and what they return."""
     start = time.perf_counter()
-    results = [_synchronous(call)() for call in calls]
+    results = []
+    for call in calls:
+        results.append(call())
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
     return time.perf_counter() - start, results
 
 
-def _host_times(
-    benchmark: Any,
-    call: Callable[[], Any],
-    baseline: Callable[[], Any] | None = None,
-    *,
-    rounds: int,
-) -> list[list[float]]:
-    """Seconds of each round, by pytest-benchmark, and of the baseline before each."""
-    seconds: list[float] = []
-
-    def run_baseline() -> None:
-        if baseline:
-            seconds.append(_timed([baseline])[0])
-
-    benchmark.pedantic(call, setup=run_baseline, rounds=rounds)
-    return [benchmark.stats.stats.data, seconds]
-
-
-def _synchronous(function: Callable[[], Any]) -> Callable[[], Any]:
-    def call() -> Any:
-        result = function()
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-        return result
-
-    return call
-
-
-def _peak_mib(function: Callable[[], Any]) -> float:
-    """What a call takes at most, beside what was there before."""
+def _add_ceilings(
+    info: dict[str, Any], call: Callable[[], Any], flop: float, bytes_moved: float
+) -> None:
+    """The share of the roofline, and what a call takes at most beside what was there before."""
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    _synchronous(function)()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
-def _add_roofline(info: dict[str, Any], flop: float, bytes_moved: float) -> None:
-    seconds = info["value"]["median"]
+    before, seconds = torch.cuda.memory_allocated(), info["value"]["median"]
+    _timed([call])
+    info["peak MiB"] = (torch.cuda.max_memory_allocated() - before) / 2**20
     floor = max(flop / gemm_throughput(), bytes_moved / copy_bandwidth())
-    info["flop"], info["bytes"] = flop, bytes_moved
     info["TFLOP/s"], info["GB/s"] = flop / seconds / 1e12, bytes_moved / seconds / 1e9
     info["share of roofline"] = floor / seconds

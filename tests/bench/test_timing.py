@@ -66,9 +66,10 @@ class Recorder:
         self.data = []
         self.stats = SimpleNamespace(stats=self)
 
-    def pedantic(self, call, setup=lambda: None, rounds=1):
+    def pedantic(self, call, setup=None, rounds=1):
         for _ in range(rounds):
-            setup()
+            if setup:
+                setup()
             start = self.clock()
             call()
             self.data.append(self.clock() - start)
