@@ -5,7 +5,7 @@ Importing it needs neither Triton nor a GPU.
 
 from monkey_kernels.backend import BackendStatus, backend_report, use_backend
 from monkey_kernels.crops.op import extract_crops
-from monkey_kernels.crops.reference import CLIP_MEAN, CLIP_STD, FITS, INTERPOLATIONS
+from monkey_kernels.crops.reference import CLIP_MEAN, CLIP_STD, FITS, INTERPOLATIONS, place
 from monkey_kernels.resampler_attention.op import resampler_attention
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "BackendStatus",
     "backend_report",
     "extract_crops",
+    "place",
     "resampler_attention",
     "use_backend",
 ]

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from monkey_model.commands import ask, demo_checkpoint, doctor, encode, export, finetune
+from monkey_model.commands import ask, demo_checkpoint, doctor, encode, export, finetune, look
 
 # torch takes seconds to import, so `monkey --help` does without: it is imported where it is used.
 
@@ -23,6 +23,7 @@ for command in (
     finetune.finetune,
     finetune.merge,
     encode.encode,
+    look.look,
     export.export,
     demo_checkpoint.demo_checkpoint,
     doctor.doctor,
