@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from monkey_model.checkpoint import PREFIX
 from monkey_model.commands.__main__ import app
 from monkey_model.crop_settings import CropSettings
 from monkey_model.modeling_qwen import QWenAttention
@@ -338,12 +340,22 @@ def test_bad_input_is_one_error_and_nothing_written(run, picture, checkpoint, tm
     encoder_only = tmp_path / "encoder"
     encoder_only.mkdir()
     (encoder_only / "config.json").write_text((checkpoint / "config.json").read_text())
+    weights = load_file(checkpoint / "model.safetensors")
+    visual = {name: tensor for name, tensor in weights.items() if name.startswith(PREFIX)}
+    save_file(visual, encoder_only / "model.safetensors")
     page = ("--out", tmp_path / "look.html")
     cases = {
         "bad.jpg' is not a readable image": (tmp_path / "bad.jpg", *page),
         "source cannot be opened": (tmp_path / "missing.jpg", *page),
         "--question needs --checkpoint": (picture, *page, "--question", "Why?"),
-        "encoder": (picture, *page, "--question", "Why?", "--checkpoint", encoder_only),
+        "weights of the model: lm_head": (
+            picture,
+            *page,
+            "--question",
+            "Why?",
+            "--checkpoint",
+            encoder_only,
+        ),
         "--out must be in a directory that exists": (picture, "--out", tmp_path / "no" / "x.html"),
         "--out must be a file": (picture, "--out", tmp_path),
         "--out must be another file than IMAGE": (picture, "--out", picture),
