@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def _check_outputs(image: str, out: Path, png: Path | None) -> None:
-    """Everything can be written, and nothing that is needed is written over."""
+    """What is wrong with an output should not wait for the model."""
     if out.is_dir():
         raise ValueError(f"--out must be a file; got the directory {out}")
     if not out.parent.is_dir():
@@ -45,8 +45,6 @@ def _check_outputs(image: str, out: Path, png: Path | None) -> None:
         raise ValueError(f"--png must be a directory; got the file {png}")
     if not png.parent.is_dir():
         raise ValueError(f"--png must be in a directory that exists; got {png}")
-    if png.is_dir() and os.path.realpath(png) == os.path.dirname(os.path.realpath(image)):
-        raise ValueError(f"--png must be another directory than that of IMAGE; got {png}")
     with atomic(png / "x" if png.is_dir() else png, keep=False):
         pass
 
@@ -146,9 +144,12 @@ def look(
             say(err_console, note)
         page = build_page(seen, shown(Path(image).name), note)
         pngs = {} if png is None else draw_figures(seen)
-        for name, content in pngs.items():
-            assert png is not None
-            with atomic(png / name) as file:
+        panels = {} if png is None else {png / name: content for name, content in pngs.items()}
+        for path in panels:
+            if os.path.realpath(path) in (os.path.realpath(image), os.path.realpath(out)):
+                raise ValueError(f"--png must not write over IMAGE or --out; it would, to {path}")
+        for path, content in panels.items():
+            with atomic(path) as file:
                 Path(file).write_bytes(content)
         with atomic(out) as file:
             Path(file).write_text(page, encoding="utf-8")

@@ -344,6 +344,8 @@ def test_bad_input_is_one_error_and_nothing_written(run, picture, checkpoint, tm
     visual = {name: tensor for name, tensor in weights.items() if name.startswith(PREFIX)}
     save_file(visual, encoder_only / "model.safetensors")
     page = ("--out", tmp_path / "look.html")
+    crops = tmp_path / "crops.png"
+    crops.write_bytes(picture.read_bytes())
     cases = {
         "bad.jpg' is not a readable image": (tmp_path / "bad.jpg", *page),
         "source cannot be opened": (tmp_path / "missing.jpg", *page),
@@ -362,7 +364,7 @@ def test_bad_input_is_one_error_and_nothing_written(run, picture, checkpoint, tm
         "cannot be written": (picture, "--out", "/proc/look.html"),
         "--png must be a directory": (picture, *page, "--png", tmp_path / "file"),
         "--png must be in a directory": (picture, *page, "--png", tmp_path / "no" / "panels"),
-        "--png must be another directory": (picture, *page, "--png", tmp_path),
+        "--png must not write over IMAGE or --out": (crops, *page, "--png", tmp_path),
         "--device nonsense cannot be used": (picture, *page, "--device", "nonsense"),
     }
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
