@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from monkey_kernels.resampler_attention.forward_kernel import load_rows, store_rows
+from monkey_kernels.resampler_attention.forward_kernel import load_rows, load_values, store_rows
 
 
 @triton.jit
@@ -61,7 +61,7 @@ def grad_query_kernel(
         delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
         stat_offset = (crop * num_heads + head) * num_queries + start_m
         tl.store(delta_ptr + stat_offset + offs_m, delta, mask=mask_m)
-        lse = tl.load(lse_ptr + stat_offset + offs_m, mask=mask_m, other=0.0)
+        lse = load_values(lse_ptr + stat_offset, rows_m, BLOCK_M, True)
 
         k_base = k_ptr + crop * stride_kc + head * HEAD_DIM
         v_base = v_ptr + crop * stride_vc + head * HEAD_DIM
@@ -124,7 +124,6 @@ def grad_key_value_kernel(
     crop = (pid // (blocks_n * num_heads)).to(tl.int64)
     width = num_heads * HEAD_DIM
     rows_n = num_tokens - start_n
-    offs_m = tl.arange(0, BLOCK_M)
 
     k_ptr += crop * stride_kc + start_n * stride_kn + head * HEAD_DIM
     v_ptr += crop * stride_vc + start_n * stride_vn + head * HEAD_DIM
@@ -144,9 +143,8 @@ def grad_key_value_kernel(
         grad = load_rows(grad_ptr + m * width, width, rows_m, BLOCK_M, HEAD_DIM, BLOCK_D, MASK_M)
         # A query row past the last is loaded as q = grad = lse = delta = 0. So its P is 1, and it
         # adds P * grad = 0 to dV; its dS is P * (0 - 0) = 0, and it adds nothing to dK.
-        mask_m = offs_m < rows_m
-        lse = tl.load(lse_ptr + m + offs_m, mask=mask_m, other=0.0)
-        delta = tl.load(delta_ptr + m + offs_m, mask=mask_m, other=0.0)
+        lse = load_values(lse_ptr + m, rows_m, BLOCK_M, MASK_M)
+        delta = load_values(delta_ptr + m, rows_m, BLOCK_M, MASK_M)
         # Scores are computed transposed, [BLOCK_N, BLOCK_M]: that is how P and dS enter the
         # products for dV and dK, so no tile of either is transposed.
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)

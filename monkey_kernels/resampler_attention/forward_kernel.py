@@ -27,6 +27,17 @@ def load_rows(
 
 
 @triton.jit
+def load_values(ptr, limit, ROWS: tl.constexpr, MASK_ROWS: tl.constexpr):
+    """One value per row, [ROWS], zero beyond the rows that exist."""
+    offs = tl.arange(0, ROWS)
+    if MASK_ROWS:
+        values = tl.load(ptr + offs, mask=offs < limit, other=0.0)
+    else:
+        values = tl.load(ptr + offs)
+    return values
+
+
+@triton.jit
 def store_rows(ptr, stride, limit, tile, HEAD_DIM: tl.constexpr):
     """Stores the part of ``tile`` [ROWS, BLOCK_D] that exists, in the dtype of ``ptr``."""
     offs = tl.arange(0, tile.shape[0])

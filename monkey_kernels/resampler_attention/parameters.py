@@ -11,10 +11,11 @@ from torch import Tensor
 
 from monkey_kernels.tuning import launch_parameters, shipped
 
-Family = Literal["cuda", "rocm"]
+Family = Literal["cuda", "hopper", "rocm"]
 #: what the tiles of a family are compiled for, by ``python -m monkey_kernels.aot``
 TARGETS: dict[Family, tuple[str, ...]] = {
-    "cuda": ("sm_80", "sm_90", "sm_100"),
+    "cuda": ("sm_80", "sm_100"),
+    "hopper": ("sm_90",),
     "rocm": ("gfx942",),
 }
 
@@ -42,15 +43,16 @@ class Tile:
             "BLOCK_N": self.block_n,
             # It matters for float32 tiles alone. Three TF32 products have float32's error and run
             # on NVIDIA's tensor cores, where "ieee" would not; AMD's take float32 as it is.
-            "PRECISION": "tf32x3" if gpus == "cuda" else "ieee",
+            "PRECISION": "ieee" if gpus == "rocm" else "tf32x3",
         }
 
 
 # Head dim 128 decides; smaller heads take less of everything. Each entry compiles without a spill
 # for every target of its family. None has been timed: files in configs/ are for what has been.
 _CUDA = {
-    # Two programs fit on an SM, so that the softmax of one overlaps the products of the other.
-    "forward": Tile(block_m=64, block_n=64, num_warps=4, num_stages=2),
+    # 256 queries in two blocks: each reads all keys and values, so four of 64 would read them twice
+    # as often. With 4 warps, 128 rows spill.
+    "forward": Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
     # Scores and their gradient live beside the accumulator: at [128, 64] sm_80 and sm_100 spill.
     "grad_query": Tile(block_m=64, block_n=64, num_warps=8, num_stages=2),
     # Two accumulators beside both: at [64, 128] sm_80 and sm_90 spill.
@@ -60,19 +62,30 @@ _CUDA = {
     "grad_query_float32": Tile(block_m=16, block_n=64, num_warps=8, num_stages=1),
     "grad_key_value_float32": Tile(block_m=16, block_n=16, num_warps=4, num_stages=1),
 }
+# Four warps share a product of 64 rows: 8 warps on 64 rows compute each score twice, 5 products'
+# work for 3 in grad_query, 6 for 4 in grad_key_value (counted in the machine code).
+_HOPPER = {
+    **_CUDA,
+    "grad_query": Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
+    # Its scores are transposed, so their rows are tokens. At [64, 128] it spills.
+    "grad_key_value": Tile(block_m=32, block_n=128, num_warps=8, num_stages=2),
+}
 # A warp is 64 lanes here: 4 of them may have 512 registers a lane, 8 of them only 256.
 _ROCM = {
     **_CUDA,
+    "forward": Tile(block_m=64, block_n=64, num_warps=4, num_stages=2),
     "grad_query": Tile(block_m=64, block_n=64, num_warps=4, num_stages=2),
     "grad_key_value": Tile(block_m=32, block_n=64, num_warps=4, num_stages=2),
     "grad_query_float32": Tile(block_m=16, block_n=32, num_warps=4, num_stages=1),
 }
-DEFAULTS: dict[Family, dict[str, Tile]] = {"cuda": _CUDA, "rocm": _ROCM}
+DEFAULTS: dict[Family, dict[str, Tile]] = {"cuda": _CUDA, "hopper": _HOPPER, "rocm": _ROCM}
 
 
 def family(device: torch.device) -> Family:
     """Whose tiles a device takes. The interpreter's CPU takes ROCm's, which ask for no TF32."""
-    return "cuda" if device.type == "cuda" and torch.version.hip is None else "rocm"
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "rocm"
+    return "hopper" if torch.cuda.get_device_capability(device)[0] == 9 else "cuda"
 
 
 def tile_for(kernel: str, query: Tensor) -> Tile:
@@ -88,5 +101,5 @@ def shipped_tiles(name: str) -> Iterator[tuple[str, Family, Tile]]:
         found = shipped(f"resampler_attention_{name}", tiles[name])
         for source, tile in found.items():
             is_nvidia_file = source.startswith("nvidia")
-            if source == "default" or is_nvidia_file == (gpus == "cuda"):
+            if source == "default" or is_nvidia_file == (gpus != "rocm"):
                 yield source, gpus, tile

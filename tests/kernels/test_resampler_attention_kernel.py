@@ -186,6 +186,16 @@ def test_default_tiles_are_what_triton_takes(gpus: str) -> None:
     assert tile.constants(8, gpus)["BLOCK_D"] == 16
 
 
+def test_the_tiles_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.version, "hip", None)
+    for capability, gpus in (((8, 0), "cuda"), ((9, 0), "hopper"), ((10, 0), "cuda")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        assert parameters.family(gpu) == gpus
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert parameters.family(gpu) == parameters.family(torch.device("cpu")) == "rocm"
+
+
 def test_each_dtype_has_its_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
