@@ -60,6 +60,11 @@ def launch_parameters(kernel: str, default: Parameters, device: torch.device) ->
         return _tried[kernel]
     if device.type != "cuda":
         return default
+    return _of_device(kernel, default, device)  # type: ignore[arg-type]  # frozen: it has a hash
+
+
+@functools.cache
+def _of_device(kernel: str, default: Parameters, device: torch.device) -> Parameters:
     return from_file(config_path(device), kernel, default)
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import triton.language as tl
-
 from monkey_kernels.aot import AotCase
 from monkey_kernels.crops.cut_kernel import cut_kernel
 from monkey_kernels.crops.filter_kernel import first_pass_kernel, second_pass_kernel, taps_kernel
@@ -34,11 +32,10 @@ def aot_cases() -> list[AotCase]:
         add(f"taps{kind}", taps_kernel, filters, constexprs, 4, fuse=False)
 
         one_pass = {**filters, "images_ptr": "*i64", "scratch_ptr": value, "tiles": "i32"}
-        dtype = tl.float32 if is_float else tl.uint8
+        from_image = {**one_pass, "first_image_ptr": value}
         for config, p in _shipped(f"first_pass{kind}"):
-            constexprs = {"IMAGE_DTYPE": dtype, **p.blocks()}
             name = f"first_pass{kind} ({config})"
-            add(name, first_pass_kernel, one_pass, constexprs, p.num_warps, dot=not is_float)
+            add(name, first_pass_kernel, from_image, p.blocks(), p.num_warps, dot=not is_float)
         to_canvas = {**one_pass, "canvas_ptr": value}
         sizes = {"height": "i32", "width": "i32"}
         for config, p in _shipped(f"second_pass{kind}"):

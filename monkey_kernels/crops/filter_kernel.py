@@ -27,8 +27,8 @@ from monkey_kernels.crops.table import (
     AXIS_FIELDS,
     FIRST_AXIS,
     FIRSTS_OFFSET,
-    IMAGE_ADDRESS,
     IMAGE_FIELDS,
+    IMAGE_OFFSET,
     IN_SIZE,
     LINES,
     OUT_SIZE,
@@ -306,24 +306,28 @@ def _scratch_stride(lines):
     return tl.cdiv(lines, 16) * 16
 
 
-@triton.jit(do_not_specialize=["tiles"])  # it varies from call to call
+# What varies from call to call: the number of tiles, and where a photo starts.
+@triton.jit(do_not_specialize=["tiles"], do_not_specialize_on_alignment=["first_image_ptr"])
 def first_pass_kernel(
+    first_image_ptr,  # of the call's images; the others are found by their offsets from it
     images_ptr,  # [images, IMAGE_FIELDS] int64
     axes_ptr,  # [axes, AXIS_FIELDS] int64
     first_ptr,  # int32
     weights_ptr,  # fp16, or fp32 for float images
     scratch_ptr,  # per image [3, out, padded lines] uint8, or float32 for float images
     tiles,  # per image
-    IMAGE_DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Image to scratch. Grid: (images * tiles,)."""
-    SOURCE: tl.constexpr = "float" if IMAGE_DTYPE.is_floating() else "pixels"
+    DTYPE: tl.constexpr = first_image_ptr.dtype.element_ty
+    SOURCE: tl.constexpr = "float" if DTYPE.is_floating() else "pixels"
     image_ptr = images_ptr + tl.program_id(0) // tiles * IMAGE_FIELDS
     tile = tl.program_id(0) % tiles
-    x_ptr = tl.load(image_ptr + IMAGE_ADDRESS).to(tl.pointer_type(IMAGE_DTYPE))
+    # As integers: an image may be a tensor of its own, where a pointer must not wander.
+    x_address = first_image_ptr.to(tl.int64) + tl.load(image_ptr + IMAGE_OFFSET)
+    x_ptr = x_address.to(tl.pointer_type(DTYPE))
     stride_m = tl.load(image_ptr + STRIDE_M)
     stride_k = tl.load(image_ptr + STRIDE_K)
     stride_c = tl.load(image_ptr + STRIDE_C)

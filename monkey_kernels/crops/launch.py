@@ -27,11 +27,13 @@ What was considered:
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from monkey_kernels.crops.cut_kernel import cut_kernel
@@ -46,16 +48,82 @@ from monkey_kernels.crops.parameters import (
     cut_parameters,
     filter_parameters,
 )
-from monkey_kernels.crops.plan import IMAGE_FIELDS, make_plan
+from monkey_kernels.crops.plan import IMAGE_FIELDS, Group, Layout, layout, make_plan
 from monkey_kernels.crops.reference import FILTER_RADIUS
 
-_TRITON_DTYPES = {
-    torch.uint8: tl.uint8,
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-}
+# Calls whose tables and filters are kept: a photo's filters take 0.1 MB.
+MOST_PREPARED = 16
+
+
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+def _launch(key: tuple[Any, ...], kernel: Any, grid: tuple[int, int, int], *args: Any,
+            **options: Any) -> None:  # fmt: skip
+    """Launch ``kernel``; from the second time with ``key`` on as compiled, past Triton's dispatch.
+
+    The dispatch costs more than the launch: it binds arguments by name and compares every constant
+    of the module. ``key`` fixes what Triton compiles for: device, dtypes, constants, options, and
+    of the other arguments which are 1, multiples of 16, or pointers to 16 bytes.
+    """
+    compiled = _compiled.get(key)
+    if compiled is not None:
+        compiled[grid](*args)
+    elif (compiled := kernel[grid](*args, **options)) is not None:  # None in the interpreter
+        _compiled[key] = compiled
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the calls need whose images have the same sizes and lie alike, but for their pixels."""
+
+    images: Tensor  # [images, IMAGE_FIELDS] int64
+    axes: Tensor
+    firsts: Tensor  # see taps_kernel
+    weights: Tensor
+    groups: list[Group]
+
+
+@functools.lru_cache(maxsize=MOST_PREPARED)
+def prepare(
+    images: tuple[Layout, ...],
+    dtype: torch.dtype,
+    canvas: tuple[int, int],
+    interpolation: str,
+    fit: str,
+    first_tile: tuple[int, int],
+    second_tile: tuple[int, int],
+    scratch_bytes: int,
+    device: torch.device,
+    stream: int,
+) -> Prepared:
+    """The table of a call and its filters, on the device.
+
+    Kept by stream, too: another one might read them before they are written.
+    """
+    plan = make_plan(
+        images, dtype, canvas, interpolation, fit, first_tile, second_tile, scratch_bytes
+    )
+    table = plan.table
+    if device.type == "cuda":  # pinned, so that the copy does not wait for the GPU
+        table = table.pin_memory().to(device, non_blocking=True)
+    axes = table[len(images) * IMAGE_FIELDS :]
+    is_float = dtype.is_floating_point
+    firsts = torch.empty(plan.outputs, dtype=torch.int32, device=device)
+    weights = torch.empty(
+        plan.taps * (1 if is_float else 2),
+        dtype=torch.float32 if is_float else torch.float16,
+        device=device,
+    )
+    _launch(
+        ("taps", device, is_float, interpolation),
+        taps_kernel, (triton.cdiv(plan.longest_axis, TAPS_BLOCK[0]), plan.axes, 1),
+        axes, firsts, weights, FILTER_RADIUS[interpolation], is_float, *TAPS_BLOCK,
+        # Pillow's float64 has no fused multiply-add.
+        num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    image_table = table[: len(images) * IMAGE_FIELDS].view(-1, IMAGE_FIELDS)
+    return Prepared(image_table, axes, firsts, weights, plan.groups)
 
 
 def extract_crops_triton(
@@ -83,46 +151,44 @@ def extract_crops_triton(
 
     if not is_float:  # the kernel reads packed pixels; rows may lie anywhere
         images = [image if image.stride(1) == 3 else image.contiguous() for image in images]
-    plan = make_plan(
-        images, (height, width), interpolation, fit,
-        (first.block_m, first.block_n), (second.block_m, second.block_n), SCRATCH_BYTES,
-    )  # fmt: skip
-    table = plan.table
-    if device.type == "cuda":  # pinned, so that the copy does not wait for the GPU
-        table = table.pin_memory().to(device, non_blocking=True)
-    image_table = table[: len(images) * IMAGE_FIELDS].view(-1, IMAGE_FIELDS)
-    axes = table[len(images) * IMAGE_FIELDS :]
     value_dtype = torch.float32 if is_float else torch.uint8
-    firsts = torch.empty(plan.outputs, dtype=torch.int32, device=device)
-    weights = torch.empty(
-        plan.taps * (1 if is_float else 2),
-        dtype=torch.float32 if is_float else torch.float16,
-        device=device,
-    )
-    most_scratch = max(group.scratch for group in plan.groups)
-    scratch = torch.empty(most_scratch, dtype=value_dtype, device=device)
     canvas = torch.empty((len(images), 3, height, width), dtype=value_dtype, device=device)
-
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        taps_kernel[(triton.cdiv(plan.longest_axis, TAPS_BLOCK[0]), plan.axes)](
-            axes, firsts, weights, FILTER_RADIUS[interpolation], is_float, *TAPS_BLOCK,
-            # Pillow's float64 has no fused multiply-add.
-            num_warps=4, enable_fp_fusion=False,
+    stream = 0
+    with contextlib.ExitStack() as on_device:
+        if device.type == "cuda":
+            on_device.enter_context(torch.cuda.device(device))
+            stream = torch.cuda.current_stream(device).cuda_stream
+        call = prepare(
+            tuple(layout(image, images[0]) for image in images), images[0].dtype,
+            (height, width), interpolation, fit,
+            (first.block_m, first.block_n), (second.block_m, second.block_n), SCRATCH_BYTES,
+            device, stream,
         )  # fmt: skip
-        for group in plan.groups:
+        most_scratch = max(group.scratch for group in call.groups)
+        scratch = torch.empty(most_scratch, dtype=value_dtype, device=device)
+        filters = call.axes, call.firsts, call.weights, scratch
+        for group in call.groups:
             part = slice(group.first, group.first + group.images)
-            first_pass_kernel[(group.images * group.first_tiles,)](
-                image_table[part], axes, firsts, weights, scratch, group.first_tiles,
-                _TRITON_DTYPES[images[0].dtype], **first.launch(),
+            table = call.images[part]
+            _launch(
+                ("first_pass", device, images[0].dtype, first),
+                first_pass_kernel, (group.images * group.first_tiles, 1, 1),
+                images[0], table, *filters, group.first_tiles, *first.blocks().values(),
+                **first.options(),
             )  # fmt: skip
-            second_pass_kernel[(group.images * group.second_tiles,)](
-                image_table[part], axes, firsts, weights, scratch, canvas[part], height, width,
-                group.second_tiles, **second.launch(),
+            target = canvas[part]
+            _launch(
+                ("second_pass", device, is_float, height, width, target.data_ptr() % 16, second),
+                second_pass_kernel, (group.images * group.second_tiles, 1, 1),
+                table, *filters, target, height, width, group.second_tiles,
+                *second.blocks().values(), **second.options(),
             )  # fmt: skip
         full = 1 if is_float else 255
         blocks = triton.cdiv(3 * crop_size**2, cut.block)
-        cut_kernel[(crops * blocks,)](
-            canvas, image_table, out, blocks,
+        _launch(
+            ("cut", device, is_float, dtype, grid, crop_size, interpolation, cut),
+            cut_kernel, (crops * blocks, 1, 1),
+            canvas, call.images, out, blocks,
             *[1 / (full * s) for s in std],
             *[-m / s for m, s in zip(mean, std, strict=True)],
             rows, columns, crop_size, interpolation == "bicubic", cut.block,

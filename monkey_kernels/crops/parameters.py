@@ -22,11 +22,10 @@ class FilterParameters:
     def blocks(self) -> dict[str, int]:
         return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
 
-    def launch(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
         # One stage: words of unknown alignment are unpacked in registers, there is nothing to
         # copy ahead asynchronously.
-        options = {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": True}
-        return {**self.blocks(), **options}
+        return {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)

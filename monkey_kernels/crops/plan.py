@@ -1,7 +1,8 @@
 """The table that the kernels read: where each image lies, its window, its filters.
 
 It is built on the host and sent in one small copy, so that a launch covers images of any mix of
-sizes. Windows are whole pixels (see ``place``), so a window is an address and a size.
+sizes. Windows are whole pixels (see ``place``), so a window is an address and a size. Addresses are
+relative to the first image's: a table serves every call whose images lie alike.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +19,27 @@ from monkey_kernels.crops import table as columns
 from monkey_kernels.crops.reference import FILTER_RADIUS, place, vertical_first
 
 IMAGE_FIELDS, AXIS_FIELDS = columns.IMAGE_FIELDS.value, columns.AXIS_FIELDS.value
+
+
+class Layout(NamedTuple):
+    """Size of an image, and how it lies in memory."""
+
+    height: int
+    width: int
+    stride_y: int  # in values
+    stride_x: int
+    stride_channel: int
+    offset: int  # bytes from the first image of the call
+
+
+def layout(image: Tensor, first: Tensor) -> Layout:
+    """Of a checked image [H, W, 3] uint8 or [3, H, W] float."""
+    offset = image.data_ptr() - first.data_ptr()
+    if image.dtype == torch.uint8:
+        (height, width, _), (stride_y, stride_x, stride_channel) = image.shape, image.stride()
+    else:
+        (_, height, width), (stride_channel, stride_y, stride_x) = image.shape, image.stride()
+    return Layout(height, width, stride_y, stride_x, stride_channel, offset)
 
 
 @dataclass
@@ -47,7 +70,8 @@ def most_taps(in_size: int, out_size: int, interpolation: str) -> int:
 
 
 def make_plan(
-    images: Sequence[Tensor],
+    images: Sequence[Layout],
+    dtype: torch.dtype,
     canvas: tuple[int, int],
     interpolation: str,
     fit: str,
@@ -55,12 +79,12 @@ def make_plan(
     second_tile: tuple[int, int],
     scratch_bytes: int,
 ) -> Plan:
-    """Plan of a call for checked images [H, W, 3] uint8 or [3, H, W] float.
+    """Plan of a call for images of ``dtype``.
 
     A tile is (lines, outputs) of one program of a pass. A group of images takes ``scratch_bytes``
     of scratch, or one image.
     """
-    is_float = images[0].is_floating_point()
+    is_float = dtype.is_floating_point
     most_scratch = scratch_bytes // (4 if is_float else 1)
     axis_index: dict[tuple[int, int], int] = {}
     axis_rows: list[int] = []
@@ -68,21 +92,14 @@ def make_plan(
     outputs = taps = 0
     groups = [Group(0)]
     for index, image in enumerate(images):
-        if is_float:
-            stride_channel, stride_y, stride_x = image.stride()
-            height, width = image.shape[1:]
-        else:
-            stride_y, stride_x, stride_channel = image.stride()
-            height, width = image.shape[:2]
-        source, target = place(height, width, canvas, fit)
-        start = image.data_ptr()
-        start += (source.top * stride_y + source.left * stride_x) * image.element_size()
+        source, target = place(image.height, image.width, canvas, fit)
+        skipped = source.top * image.stride_y + source.left * image.stride_x
 
         y_axis, x_axis = (source.height, target.height), (source.width, target.width)
         # The order matters where a pass rounds. Floats take the one whose reads are contiguous.
         y_first = not is_float and vertical_first(source[2:], target[2:])
         first, second = (y_axis, x_axis) if y_first else (x_axis, y_axis)
-        strides = (stride_x, stride_y) if y_first else (stride_y, stride_x)
+        strides = (image.stride_y, image.stride_x)
         for axis in (first, second):
             if axis not in axis_index:
                 axis_index[axis] = len(axis_index)
@@ -101,9 +118,9 @@ def make_plan(
             groups.append(Group(index))
         group = groups[-1]
         row = [0] * IMAGE_FIELDS
-        row[columns.IMAGE_ADDRESS] = start
-        row[columns.STRIDE_M], row[columns.STRIDE_K] = strides
-        row[columns.STRIDE_C] = stride_channel
+        row[columns.IMAGE_OFFSET] = image.offset + skipped * dtype.itemsize
+        row[columns.STRIDE_M], row[columns.STRIDE_K] = strides[::-1] if y_first else strides
+        row[columns.STRIDE_C] = image.stride_channel
         row[columns.LINES] = lines
         row[columns.FIRST_AXIS], row[columns.SECOND_AXIS] = axis_index[first], axis_index[second]
         row[columns.VERTICAL_FIRST] = int(y_first)

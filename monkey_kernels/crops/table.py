@@ -9,7 +9,7 @@ import triton.language as tl
 
 # A row per image of the call. The first pass filters axis K of [3, lines, K]; its lines are M.
 (
-    IMAGE_ADDRESS,  # of the window's first value
+    IMAGE_OFFSET,  # bytes from the first image to the window's first value
     STRIDE_M,  # in values, between lines
     STRIDE_K,  # between inputs of the filtered axis
     STRIDE_C,  # between channels

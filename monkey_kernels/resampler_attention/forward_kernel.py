@@ -29,12 +29,9 @@ def load_rows(
 @triton.jit
 def load_values(ptr, limit, ROWS: tl.constexpr, MASK_ROWS: tl.constexpr):
     """One value per row, [ROWS], zero beyond the rows that exist."""
-    offs = tl.arange(0, ROWS)
-    if MASK_ROWS:
-        values = tl.load(ptr + offs, mask=offs < limit, other=0.0)
-    else:
-        values = tl.load(ptr + offs)
-    return values
+    ptrs = ptr + tl.arange(0, ROWS)
+    mask = tl.arange(0, ROWS) < limit
+    return tl.load(ptrs, mask=mask, other=0.0) if MASK_ROWS else tl.load(ptrs)
 
 
 @triton.jit

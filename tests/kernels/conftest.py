@@ -1,4 +1,4 @@
-"""The kernel tests leave Triton's interpreter as they found it."""
+"""The kernel tests leave Triton's interpreter as they found it, and keep no call's tables."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ def clean_interpreter() -> Iterator[None]:
     except ImportError:  # the references are tested without Triton as well
         yield
         return
+    from monkey_kernels.crops import launch
+
+    launch.prepare.cache_clear()  # a planted fault must not meet what an earlier test prepared
     attributes = vars(interpreter_builder)
     before = dict(attributes)
     yield

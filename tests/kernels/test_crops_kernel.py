@@ -263,8 +263,45 @@ def test_images_that_exceed_the_scratch_are_split_over_launches(monkeypatch):
     scratch = 3 * 16 * 32  # of an image: 16 columns of 30 lines, padded
     monkeypatch.setattr(launch, "SCRATCH_BYTES", 2 * scratch)
     assert torch.equal(run(images, crop_size=8), whole)
-    settings = ((16, 16), "bilinear", "stretch", (8, 8), (8, 8), 2 * scratch)
-    assert [group.images for group in plan.make_plan(images, *settings).groups] == [2, 2, 1]
+    settings = (torch.uint8, (16, 16), "bilinear", "stretch", (8, 8), (8, 8), 2 * scratch)
+    layouts = [plan.layout(image, images[0]) for image in images]
+    assert [group.images for group in plan.make_plan(layouts, *settings).groups] == [2, 2, 1]
+
+
+def count_launches(monkeypatch, name):
+    counted, kernel = [], getattr(launch, name)
+
+    class Counted:
+        def __getitem__(self, grid):
+            counted.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(launch, name, Counted())
+    return counted
+
+
+def test_tables_and_filters_are_kept_for_images_that_lie_alike(monkeypatch):
+    made = count_launches(monkeypatch, "taps_kernel")
+    settings = {"grid": (1, 2), "crop_size": 8}
+    batch = torch.stack([photo(31, 44, seed) for seed in range(3)])
+    expected = run([photo(31, 44, 3)], **settings)
+    for images in (batch, batch.flip(1), batch.clone()):
+        check(list(images), **settings)
+    assert len(made) == 2  # one image, and three of a batch, wherever the batch lies
+    assert torch.equal(run([photo(31, 44, 3)], **settings), expected)
+    assert len(made) == 2
+    check([photo(31, 44)], interpolation="bicubic", **settings)  # other filters
+    check([photo(44, 31)], **settings)  # another size
+    check([photo(31, 90)[:, ::2][:, :44].contiguous()[:, :44]], **settings)
+    check([photo(31, 50)[:, 3:47]], **settings)  # another stride
+    check([photo(31, 44)], grid=(2, 2), crop_size=4)  # another canvas
+    assert len(made) == 6
+
+
+def test_only_so_many_tables_are_kept():
+    for size in range(launch.MOST_PREPARED + 5):
+        run([photo(3, 4 + size)], crop_size=2)
+    assert launch.prepare.cache_info().currsize == launch.MOST_PREPARED
 
 
 _filter_value = filter_kernel._filter_value
@@ -302,6 +339,7 @@ def test_planted_faults_are_found(monkeypatch, fault):
     images, settings = [surrounded(photo(60, 47), 255, 0)], {"crop_size": 10}
     check(images, **settings)
     fault(monkeypatch)
+    launch.prepare.cache_clear()
     with pytest.raises(AssertionError, match="levels off"):
         check(images, **settings)
 
@@ -324,7 +362,7 @@ MESSAGES = {
 
 @pytest.mark.parametrize("name", BAD_INPUT)
 def test_bad_input_is_refused_before_a_launch(name, monkeypatch):
-    monkeypatch.setattr(launch, "make_plan", None)
+    monkeypatch.setattr(launch, "prepare", None)
     images, settings = BAD_INPUT[name]
     with pytest.raises((TypeError, ValueError), match=MESSAGES[name]):
         run(images, **settings)

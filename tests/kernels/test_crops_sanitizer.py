@@ -116,6 +116,7 @@ def test_a_planted_off_by_one_is_found(owned, monkeypatch):
     image = photo(20, 22)  # a multiple of 4 bytes: words of the image end where it does
     run(owned, [image], crop_size=8)
     monkeypatch.setattr(plan, "place", wider)
+    launch.prepare.cache_clear()
     with pytest.raises(Exception, match="OutOfBounds"):
         run(owned, [image], crop_size=8)
 

@@ -20,13 +20,14 @@ def test_a_device_file_overrides_the_default(tmp_path, monkeypatch):
     path = tmp_path / "nvidia-h100-80gb-hbm3.json"
     path.write_text(json.dumps({"cut": {"block": 128, "num_stages": 3}, "other": {}}))
     monkeypatch.setattr(tuning, "CONFIGS", tmp_path)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    names = {0: "NVIDIA H100 80GB HBM3", 1: "NVIDIA L4"}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[device.index])
     device = torch.device("cuda", 0)
     assert tuning.launch_parameters("cut", Parameters(), device) == Parameters(128, num_stages=3)
     assert tuning.launch_parameters("other", Parameters(), device) == Parameters()
     assert tuning.launch_parameters("cut", Parameters(), torch.device("cpu")) == Parameters()
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
-    assert tuning.launch_parameters("cut", Parameters(), device) == Parameters()
+    other = torch.device("cuda", 1)
+    assert tuning.launch_parameters("cut", Parameters(), other) == Parameters()
     assert tuning.shipped("cut", Parameters()) == {
         "default": Parameters(),
         "nvidia-h100-80gb-hbm3": Parameters(128, num_stages=3),
