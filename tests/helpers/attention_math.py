@@ -86,6 +86,9 @@ def term_sums(inputs: list[Tensor], heads: int) -> list[Tensor]:
     """For each value of the output and of the gradients, the sum of its terms' magnitudes.
 
     By the formulas of the backward: dS = P * (grad . value - out . grad) is a difference of sums.
+    P = exp(s - lse) is recomputed, from scores that another order of sums may round otherwise than
+    those that lse was made of. A rounding of a score, u * sum |q k|, is a relative error of P: to
+    each term of P belong its own score's sum and, for lse, the mean one of its row.
     """
     query, key, value, grad = (x.double() for x in inputs)
     q = split_heads(query, heads)
@@ -95,7 +98,13 @@ def term_sums(inputs: list[Tensor], heads: int) -> list[Tensor]:
     for crop in range(len(key)):
         k, v, g = (split_heads(x[crop], heads) for x in (key, value, grad))
         p = torch.softmax(q @ k.mT * scale, -1)
-        ds = p * (g.abs() @ v.abs().mT + (g * (p @ v)).abs().sum(-1, keepdim=True)) * scale
+        out = p @ v
+        delta = (g * out).sum(-1, keepdim=True)
+        scores = q.abs() @ k.abs().mT * scale
+        scores = scores + (p * scores).sum(-1, keepdim=True)
+        ds = g.abs() @ v.abs().mT + (g * out).abs().sum(-1, keepdim=True)
+        ds = p * (ds + scores * (g @ v.mT - delta).abs()) * scale
+        p = p * (1 + scores)
         sums = p @ v.abs(), ds @ k.abs(), ds.mT @ q.abs(), p.mT @ g.abs()
         of_out, of_query, of_key, of_value = (x.transpose(0, 1).flatten(1) for x in sums)
         out_sums[crop], key_sums[crop], value_sums[crop] = of_out, of_key, of_value
