@@ -19,11 +19,11 @@ if not interpreting():
     pytest.skip("needs Triton's interpreter", allow_module_level=True)
 tilelens = pytest.importorskip("tilelens")
 
-from tilelens.clients.sanitizer.sanitizer import SymbolicSanitizer  # noqa: E402
 from tilelens.core.patch import _frontend  # noqa: E402
 from triton.runtime.interpreter import InterpreterBuilder, interpreter_builder  # noqa: E402
 
 from monkey_kernels.crops import launch  # noqa: E402
+from tests.helpers.sanitizer import Sanitizer  # noqa: E402
 
 INTERPOLATIONS, FITS = ("bilinear", "bicubic"), ("stretch", "crop", "pad")
 
@@ -119,16 +119,6 @@ def test_a_planted_off_by_one_is_found(owned, monkeypatch):
     launch.prepare.cache_clear()
     with pytest.raises(Exception, match="OutOfBounds"):
         run(owned, [image], crop_size=8)
-
-
-class Sanitizer(SymbolicSanitizer):
-    """tilelens 3.1 expects the argument lists that Triton's interpreter had before 3.9."""
-
-    def _op_raw_load_overrider(self, ptr, *_):
-        return self._op_load_overrider(ptr, None, None)
-
-    def _op_raw_store_overrider(self, ptr, value, *_):
-        return self._op_store_overrider(ptr, value, None)
 
 
 @pytest.fixture

@@ -25,8 +25,10 @@ pytestmark = [
 tilelens = pytest.importorskip("tilelens")
 z3 = pytest.importorskip("z3")
 kernel = pytest.importorskip("monkey_kernels.resampler_attention.launch", exc_type=ImportError)
-from tilelens.clients import RaceDetector, Sanitizer  # noqa: E402
+from tilelens.clients import RaceDetector  # noqa: E402
 from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
+
+from tests.helpers.sanitizer import Sanitizer  # noqa: E402
 
 KERNELS = ("forward_kernel", "grad_query_kernel", "grad_key_value_kernel")
 
