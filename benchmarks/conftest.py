@@ -76,6 +76,7 @@ class Session:
 
 
 _session = pytest.StashKey[Session]()
+_can_run = pytest.StashKey[bool]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -120,8 +121,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return (*_rank(item), groups.index(_group(item)), not ours)
 
     items[:] = [*(item for item in items if item not in here), *sorted(here, key=key)]
-    skipped = [any(m.args[0] for m in i.iter_markers("skipif")) or bool(_missing(i)) for i in here]
-    BUDGET.rows = skipped.count(False)
+    for item in here:
+        skipped = any(mark.args[0] for mark in item.iter_markers("skipif")) or _missing(item)
+        item.stash[_can_run] = not skipped
+    BUDGET.rows = sum(item.stash[_can_run] for item in here)
 
 
 # ---- each row ---------------------------------------------------------------------------------
@@ -189,7 +192,7 @@ def pytest_runtest_makereport(item: Any, call: pytest.CallInfo) -> Iterator[None
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    BUDGET.rows -= 1
+    BUDGET.rows -= item.stash.get(_can_run, False)
     if nextitem is None or _group(nextitem) != _group(item):
         item.config.stash[_session].close_group()
 

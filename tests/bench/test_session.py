@@ -20,7 +20,9 @@ ROWS = """
 import os, signal
 import pytest
 
-@pytest.mark.parametrize("provider", ["upstream", "ours", "stopped", "last"])
+elsewhere = pytest.param("elsewhere", marks=pytest.mark.skipif(True, reason="not here"))
+
+@pytest.mark.parametrize("provider", ["upstream", elsewhere, "ours", "stopped", "last"])
 def test_row(benchmark, provider):
     benchmark.group = "sleep"
 
@@ -56,8 +58,9 @@ def test_a_run_that_is_cut_short_keeps_its_rows(tmp_path, last, code):
     assert done.returncode == code, done.stdout + done.stderr
     assert [row.provider for row in run.rows] == ["ours", "upstream"]
     assert "4 rows to go] test_row[ours]" in done.stdout
+    assert "1 rows to go] test_row[last]" in done.stdout  # one that cannot run was none of them
     if code == pytest.ExitCode.INTERRUPTED:
-        assert run.data["not_run"][0]["reason"] == "no time left: stopped"
+        assert run.data["not_run"][1]["reason"] == "no time left: stopped"
         assert "| sleep | upstream |" in done.stdout and "2 rows are in .benchmarks" in done.stdout
         assert "| test_row | 1 | no time left: stopped |" in done.stdout
 
