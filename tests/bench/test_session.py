@@ -68,7 +68,7 @@ def test_a_run_that_is_cut_short_keeps_its_rows(tmp_path, last, code):
 def test_a_run_without_time_starts_nothing_and_says_so(tmp_path):
     done, run = run_rows(tmp_path, MONKEY_BENCHMARK_SECONDS="0")
     assert done.returncode == 0 and run is None
-    assert "| test_row | 4 | no time left |" in done.stdout
+    assert "| test_row | 5 | no time left |" in done.stdout
 
 
 @pytest.fixture(scope="module")
