@@ -26,7 +26,7 @@ def python(*arguments, interpret=False):
     environment = {**os.environ, "TRITON_INTERPRET": "1" if interpret else "0"}
     environment["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
