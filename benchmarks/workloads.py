@@ -37,7 +37,7 @@ PUBLISHED_CONFIG: dict[str, Any] = {
 }
 #: What is measured: that, unless the scale is tiny.
 REAL_CONFIG = dict(PUBLISHED_CONFIG)
-#: of which the published model has
+#: Blocks of the published model's ViT.
 PUBLISHED_LAYERS = 48
 LAYERS = PUBLISHED_LAYERS if DEVICE.type == "cuda" else 2
 DTYPES = ["bfloat16"] if DEVICE.type == "cuda" else ["float32", "bfloat16"]

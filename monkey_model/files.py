@@ -167,6 +167,10 @@ def list_problems(problems: Sequence[str], limit: int = 20, separator: str = "; 
     return separator.join([*problems[:limit], *more])
 
 
+#: What the messages of torch's file writer have in common.
+_TORCH_WRITER = re.compile("PytorchStreamWriter|inline_container|iostream")
+
+
 class WriteError(OSError):
     """A file or directory that cannot be written, named, and why."""
 
@@ -175,7 +179,8 @@ class WriteError(OSError):
 def writing(path: Path) -> Iterator[None]:
     """What fails inside for want of space, or for another reason of the system's, names ``path``.
 
-    A full disk is an OSError of Python's, a SafetensorError and a RuntimeError of torch's.
+    A full disk is an OSError of Python's, a SafetensorError, and a RuntimeError of torch's writer.
+    Other RuntimeErrors, such as memory or a collective that fails, have nothing to do with a disk.
 
     Raises:
         WriteError: one of them.
@@ -187,10 +192,11 @@ def writing(path: Path) -> Iterator[None]:
     except Exception as error:
         from safetensors import SafetensorError  # no need of those who read, or encode alone
 
-        if not isinstance(error, (OSError, RuntimeError, SafetensorError)):
-            raise
         reason = " ".join(str(error).split())
-        if isinstance(error, RuntimeError):  # torch does not say why
+        of_torch = isinstance(error, RuntimeError) and _TORCH_WRITER.search(reason)
+        if not (of_torch or isinstance(error, (OSError, SafetensorError))):
+            raise
+        if of_torch:  # it does not say why
             with suppress(OSError):
                 reason += f" ({shutil.disk_usage(path.parent).free >> 20:,} MiB are free there)"
         raise WriteError(f"{path} cannot be written: {reason}") from error

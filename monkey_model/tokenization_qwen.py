@@ -208,7 +208,7 @@ class QWenTokenizer(TokenizersBackend):
 
         What a user wrote goes through it before it becomes part of a prompt::
 
-            f"<img>{tokenizer.escape(path)}</img> {tokenizer.escape(question)} Answer:"
+            f"<img>{tokenizer.escape(path)}</img> {tokenizer.escape(question)} Answer: "
 
         The noncharacter U+FDD0 after each character that a special token starts with (``<``) keeps
         it from being one, in whatever the text is put. It is not encoded.

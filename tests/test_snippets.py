@@ -35,7 +35,7 @@ def folder(checkpoint, tmp_path, monkeypatch):
     for name in ("photo.jpg", "scan.png", "page.png", "a.png", "b.png"):
         Image.new("RGB", (60, 40), "red").save(tmp_path / name)
     turns = [
-        {"from": "user", "value": "<img>photo.jpg</img> What is this? Answer:"},
+        {"from": "user", "value": "<img>photo.jpg</img> What is this? Answer: "},
         {"from": "assistant", "value": "A harbour."},
     ]
     records = [{"id": "1", "conversations": turns}]

@@ -177,7 +177,7 @@ def resampler_attention(query: Tensor, key: Tensor, value: Tensor, *, num_heads:
         and value, deterministically; the gradient of ``query`` adds the crops in a fixed order in
         float32. Saved for backward: query, key, value, the output, and one float32 per crop, head
         and query. Error against float64: at most twice that of torch's SDPA in the same dtype,
-        plus one rounding.
+        plus one rounding of the dtype and one of a float32 sum.
 
     Source: upstream ``monkey_model/visual.py``, ``Resampler``; Dao, FlashAttention-2 (2023).
     """

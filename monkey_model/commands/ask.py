@@ -91,7 +91,12 @@ def ask(
                 on_done=lambda count: progress.advance(task, count),
                 on_problem=report,
             )
-    except (OSError, TypeError, ValueError) as error:
+    except (
+        OSError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # the last: a backend, or memory
         report(str(error))
         raise typer.Exit(2) from None
     if failed or problems:

@@ -272,7 +272,7 @@ class TransformerBlock(nn.Module):
     def recompute(self, enabled: bool = True) -> None:
         """Keep less for backward (the default), or keep everything.
 
-        Where it is enabled, a block keeps its packed projection and three tensors of the width,
+        Where it is enabled, a block keeps its packed projection and four tensors of the width,
         0.22 of what upstream's form keeps; LayerNorm, GELU and adapters, and the MLP's first
         product, are computed again in backward: about a sixth more arithmetic.
         """

@@ -173,7 +173,9 @@ def load_crops(
         try:
             pixels = load_image(image, allow_urls=allow_urls, fast_decode=fast_decode)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"images[{number}]: {error}") from error
+            # Not type(error): a UnicodeEncodeError, say, takes five arguments.
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"images[{number}]: {error}") from error
         decoded.append(pixels.to(device))
     if len({image.dtype for image in decoded}) < 2:
         return extract_crops(decoded, **settings)

@@ -56,6 +56,14 @@ def answers(path):
     return {record["id"]: record["answer"] for record in map(json.loads, path.open())}
 
 
+def test_a_backend_that_cannot_run_is_one_error(checkpoint, pictures, run, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setenv("MONKEY_KERNELS_BACKEND", "triton")
+    picture = pictures / "red.png"
+    done = run(picture, "Colour?", "--checkpoint", checkpoint, "--device", "cpu", code=2)
+    assert done.stderr.splitlines()[-1].startswith("Error: backend 'triton' was requested for")
+
+
 def test_one_question_is_upstreams_prompt(answerer, checkpoint, pictures, run):
     """The path in the ids, opened by the model, and `` Answer: `` at the end, as upstream asks."""
     path = pictures / "red.png"

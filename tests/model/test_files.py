@@ -6,7 +6,14 @@ import json
 
 import pytest
 
-from monkey_model.files import json_lines, list_problems, parse_json, read_json
+from monkey_model.files import (
+    WriteError,
+    json_lines,
+    list_problems,
+    parse_json,
+    read_json,
+    writing,
+)
 
 BAD = {
     "[" * 100_000: "lists and objects are nested too deeply",
@@ -56,3 +63,12 @@ def test_problems_are_cut_to_a_number():
     assert list_problems(problems, 3) == "a; b; c"
     assert list_problems(problems, 2) == "a; b; and 1 more"
     assert list_problems(problems, 1, "\n  ") == "a\n  and 2 more"
+
+
+def test_only_what_a_disk_does_is_a_write_error(tmp_path):
+    full = RuntimeError("[enforce fail at inline_container.cc:860] . PytorchStreamWriter failed")
+    for error in (OSError("no space"), full):
+        with pytest.raises(WriteError, match="x cannot be written: "), writing(tmp_path / "x"):
+            raise error
+    with pytest.raises(RuntimeError, match=r"^out of memory$"), writing(tmp_path / "x"):
+        raise RuntimeError("out of memory")

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 
 from monkey_model.inputs import images
-from monkey_model.inputs.images import load_image
+from monkey_model.inputs.images import load_crops, load_image
 from tests.helpers.pictures import (
     ALPHA,
     GREY,
@@ -338,3 +338,8 @@ def test_fast_decode_of_what_is_no_jpeg_file() -> None:
 def test_fast_decode_must_be_a_size(value: object) -> None:
     with pytest.raises(ValueError, match=r"fast_decode must be a positive \(height, width\); got"):
         load_image(RGB, fast_decode=value)
+
+
+def test_a_path_that_cannot_be_encoded_is_named_by_its_place() -> None:
+    with pytest.raises(ValueError, match=r"^images\[1\]: .*surrogates not allowed"):
+        load_crops([RGB, "a\ud800.png"], device="cpu")

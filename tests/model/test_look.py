@@ -331,7 +331,8 @@ def test_a_question_and_the_panels_as_files(run, picture, checkpoint):
             assert min(image.size) > 100 and name in output
     data = data_of((run.folder / "look.html").read_text())
     assert data["settings"] == {"fit": "pad", "interpolation": "bilinear"}
-    assert len(data["answer"]["words"]) == 3 and "Checkpoint: " in data["note"]
+    # Up to three: tokens that make up one character are one word.
+    assert 1 <= len(data["answer"]["words"]) <= 3 and "Checkpoint: " in data["note"]
 
 
 def test_bad_input_is_one_error_and_nothing_written(run, picture, checkpoint, tmp_path):
