@@ -202,6 +202,13 @@ def writing(path: Path) -> Iterator[None]:
         raise WriteError(f"{path} cannot be written: {reason}") from error
 
 
+def make_public(path: str | Path) -> None:
+    """Give a file the usual permissions, as the user's umask has them."""
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(path, 0o666 & ~umask)
+
+
 def flush(directory: Path) -> None:
     """Wait until all files of a directory are on the disk.
 
@@ -232,10 +239,7 @@ def atomic(path: Path, keep: bool = True) -> Iterator[str]:
             if not keep:
                 os.unlink(name)
                 return
-            # mkstemp's file is private; what the user asked for has the usual permissions.
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(name, 0o666 & ~umask)
+            make_public(name)  # mkstemp's is private
             os.replace(name, path)
         except BaseException:
             os.unlink(name)
@@ -254,7 +258,8 @@ def atomic_directory(path: Path, write: bool = True) -> Iterator[Path]:
     Raises:
         WriteError: it cannot be written. What was at ``path`` stays.
     """
-    unfinished, old = (path.with_name(f"{path.name}.{what}") for what in ("unfinished", "old"))
+    # Names that are nobody else's, and the same in all processes.
+    unfinished, old = (path.with_name(f".monkey-{path.name}.{w}") for w in ("unfinished", "old"))
     with writing(path):
         if write:
             shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
@@ -262,6 +267,9 @@ def atomic_directory(path: Path, write: bool = True) -> Iterator[Path]:
         try:
             yield unfinished
             if write:
+                for file in unfinished.rglob("*"):
+                    if file.is_file():
+                        make_public(file)  # safetensors' are private
                 flush(unfinished)
                 if path.is_dir():
                     shutil.rmtree(old, ignore_errors=True)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from monkey_model.commands.console import err_console, report, say
+from monkey_model.files import make_public, writing
 from monkey_model.inputs.fetch import shown
 
 if TYPE_CHECKING:
@@ -69,6 +72,20 @@ def demo_config(**settings: Any) -> MonkeyConfig:
     return MonkeyConfig(**{**defaults, **settings})
 
 
+@contextlib.contextmanager
+def _made(directory: Path) -> Iterator[str]:
+    """A folder in ``directory``, which goes again if it was made for nothing."""
+    made = not directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".monkey-") as place:
+            yield place
+    except BaseException:
+        if made:
+            directory.rmdir()
+        raise
+
+
 def write_demo_checkpoint(directory: str | Path, config: MonkeyConfig | None = None) -> None:
     """A checkpoint in the published layout: weights of seed 0, vocabulary, tokenizer, processor.
 
@@ -95,13 +112,13 @@ def write_demo_checkpoint(directory: str | Path, config: MonkeyConfig | None = N
             for name, parameter in model.named_parameters():
                 if name.endswith("lora_b.weight"):  # zero otherwise: an adapter that does nothing
                     parameter.normal_(std=0.05)
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".monkey-") as place:
+    with writing(directory), _made(directory) as place:
         model.save_pretrained(place)
         write_vocabulary(Path(place))
         MonkeyProcessor.from_pretrained(place).save_pretrained(place)
         # The config last: without one it is no checkpoint.
         for file in sorted(Path(place).iterdir(), key=lambda file: file.name == "config.json"):
+            make_public(file)
             os.replace(file, directory / file.name)
 
 

@@ -86,7 +86,7 @@ def encode(
     from monkey_model.serving.encode_files import encode_files, output_paths, seeded_encoder
 
     try:
-        paths = output_paths(images, out, preview)
+        paths = output_paths(images, out, preview, checkpoint)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     except OSError as error:

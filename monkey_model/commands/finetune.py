@@ -98,7 +98,7 @@ def merge(
         if out.exists():
             raise ValueError(f"--out must not exist yet; got {out}")
         run(checkpoint, adapter, out, allow_pickle=allow_pickle)
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         report(str(error))
         raise typer.Exit(2) from None
     say(err_console, f"{shown(str(adapter))} -> {shown(str(out))}")

@@ -24,6 +24,8 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 _GLOBAL_UNICAST = IPv6Network("2000::/3")
 _TARGET_SAFE = "/?&=%:+,;@!$'()*~[]"  # what stays unquoted in a path and query
 _NAT64 = IPv6Network("64:ff9b::/96")
+#: Control characters but for the line's end and the tabulator.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def redact(text: str) -> str:
@@ -32,8 +34,12 @@ def redact(text: str) -> str:
 
 
 def shown(name: str) -> str:
-    """``name`` fit to be printed and stored: no passwords of URLs, no undecodable bytes."""
-    return os.fsencode(redact(name)).decode("utf-8", "backslashreplace")
+    """``name`` fit to be printed and stored.
+
+    No passwords of URLs, no undecodable bytes, and nothing that a terminal would obey.
+    """
+    text = os.fsencode(redact(name)).decode("utf-8", "backslashreplace")
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 def fetch(url: str, name: str, max_bytes: int, timeout: float) -> bytes:

@@ -15,11 +15,18 @@ from torch import Tensor
 
 from monkey_kernels.checks import check_positive_int
 from monkey_model.checkpoint import load_model
-from monkey_model.files import check_directory, json_lines, list_problems, read_json, read_text
+from monkey_model.files import (
+    check_directory,
+    json_lines,
+    list_problems,
+    parse_json,
+    read_json,
+    read_text,
+)
 from monkey_model.inputs.fetch import SCHEME
 from monkey_model.inputs.prompts import GROUNDING, check_no_surrogates
 from monkey_model.processing_monkey import MonkeyProcessor
-from monkey_model.training.peft_model import MonkeyPeftModel, adapter_weights
+from monkey_model.training.peft_model import adapter_weights, load_peft_model
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,7 @@ class Answerer:
                 raise ValueError(f"{adapter} must name a directory in {name!r}; got {base!r}")
             adapter_weights(directory, allow_pickle)
             model: Any = load_model(base, f"{name} of the adapter", **loading)
-            model = MonkeyPeftModel.from_pretrained(model, directory, allow_pickle=allow_pickle)
+            model = load_peft_model(model, directory, allow_pickle=allow_pickle)
             model = model.merge_and_unload()
         else:
             model = load_model(directory, **loading)
@@ -230,6 +237,14 @@ def _question(record: Any, number: int, root: Path) -> Question:
     return Question(text, tuple(str(root / image) for image in images), name)
 
 
+def _is_something_else(torn: bytes) -> bool:
+    """Whether a last line without its end is whole JSON all the same, and no answer."""
+    try:
+        return not _is_answer(parse_json(torn))
+    except ValueError:
+        return False
+
+
 def unanswered(questions: Sequence[Question], path: str | Path) -> list[Question]:
     """The questions that an answer file does not answer yet.
 
@@ -264,7 +279,7 @@ def unanswered(questions: Sequence[Question], path: str | Path) -> list[Question
             )
         answered[record["id"]] = record
     begin = b'{"id": '
-    if not torn.startswith(begin[: len(torn)]):
+    if not torn.startswith(begin[: len(torn)]) or _is_something_else(torn):
         raise ValueError(
             f"{path} must end with an answer, or a part of one; got "
             f"{torn[:60].decode(errors='replace')!r}"

@@ -41,7 +41,9 @@ def seeded_encoder(device: torch.device, dtype: torch.dtype, **settings: Any) ->
     return encoder.to(device, dtype).eval()
 
 
-def output_paths(images: Sequence[str], out: Path | None, preview: Path | None) -> list[Path]:
+def output_paths(
+    images: Sequence[str], out: Path | None, preview: Path | None, checkpoint: Path | None = None
+) -> list[Path]:
     """Where each image's tokens go, checked before any work is done.
 
     Args:
@@ -49,11 +51,12 @@ def output_paths(images: Sequence[str], out: Path | None, preview: Path | None) 
         out: a ``.safetensors`` file for one image (by default ``tokens.safetensors``), or a folder
             (by default ``tokens``), which is made.
         preview: a ``.png`` file, if one is to be drawn.
+        checkpoint: the directory that is read, in which nothing is written.
 
     Raises:
         OSError: a folder that cannot be made, or takes no files.
-        ValueError: another kind of file, or one that would be written over an image or over
-            another output.
+        ValueError: another kind of file, or one that would be written over an image, over another
+            output or into the checkpoint.
     """
     if len(images) == 1 and (out is None or out.suffix == ".safetensors"):
         paths = [out or Path("tokens.safetensors")]
@@ -76,6 +79,8 @@ def output_paths(images: Sequence[str], out: Path | None, preview: Path | None) 
         real = os.path.realpath(path)
         if real in owner:
             raise ValueError(f"{what} would be written over {owner[real]}: {path}")
+        if checkpoint is not None and Path(real).is_relative_to(os.path.realpath(checkpoint)):
+            raise ValueError(f"{what} would be written into the checkpoint {checkpoint}: {path}")
         owner[real] = what
     for path in {path.parent: path for path, _ in outputs}.values():
         with atomic(path, keep=False):

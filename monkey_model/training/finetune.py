@@ -7,6 +7,7 @@ config (``config``), make the batches (``conversations``) and look after the dir
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -37,14 +38,16 @@ from monkey_model.training.conversations import (
     ConversationDataset,
     read_conversations,
 )
-from monkey_model.training.peft_model import MonkeyPeftModel, adapter_weights
+from monkey_model.training.peft_model import MonkeyPeftModel, adapter_weights, load_peft_model
 from monkey_model.training.peft_presets import NOT_QUANTISED, lora_config
 from monkey_model.training.run_directory import (
+    BEGUN,
     CompleteCheckpoints,
     is_finished,
     mark_finished,
     only_run,
     starting_point,
+    unmark_finished,
 )
 from monkey_model.training.unfreeze import ProgressiveUnfreeze
 
@@ -68,7 +71,11 @@ class RunTrainer(Trainer):
             self.control.should_training_stop = True
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with writing(Path(str(self.args.output_dir), f"checkpoint-{self.state.global_step}")):
+        checkpoint = Path(str(self.args.output_dir), f"checkpoint-{self.state.global_step}")
+        with writing(checkpoint):
+            if self.args.should_save:
+                checkpoint.mkdir(parents=True, exist_ok=True)
+                (checkpoint / BEGUN).touch()
             super()._save_checkpoint(*args, **kwargs)
 
 
@@ -95,6 +102,9 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> FreezeReport | 
     check_directory("checkpoint", config.checkpoint)
     arguments = training_arguments(config)
     settings = {key: value for key, value in asdict(config).items() if key != "output_dir"}
+    for name in ("checkpoint", "data", "eval_data", "image_root"):
+        if settings[name] is not None:  # the same run, however its paths are spelled
+            settings[name] = os.path.realpath(settings[name])
     results = ["model", "loss.png", *["merged"] * config.merge]
     if resume and is_finished(config.output_dir, settings, results):
         return None
@@ -128,6 +138,7 @@ def _train(
         processing_class=processor,
         callbacks=callbacks,
     )
+    unmark_finished(config.output_dir)  # not before: until here anything may be refused
     try:
         trainer.train(resume_from_checkpoint=None if start is None else str(start))
     except ValueError as error:
@@ -178,7 +189,9 @@ def build_model(
             llm_int8_skip_modules=NOT_QUANTISED,
         )
         settings["device_map"] = {"": arguments.device}
-    model: nn.Module = load_model(config.checkpoint, without_adapters=True, **settings)
+    # The whole path: an adapter names its checkpoint by it, wherever it is asked from.
+    checkpoint = os.path.realpath(config.checkpoint)
+    model: nn.Module = load_model(checkpoint, without_adapters=True, **settings)
     if config.mode == "lora":
         # The loading above draws random numbers, and ZeRO-3's loading draws others. Seeded after
         # it, LoRA starts with the same weights however the model is sharded.
@@ -242,7 +255,7 @@ def merge(
     adapter_weights(Path(adapter), allow_pickle)
     model = load_model(checkpoint, dtype="auto", allow_pickle=allow_pickle)
     dtype = model.dtype
-    wrapped = MonkeyPeftModel.from_pretrained(model, adapter, allow_pickle=allow_pickle)
+    wrapped = load_peft_model(model, adapter, allow_pickle=allow_pickle)
     merged = wrapped.merge_and_unload()
     with atomic_directory(Path(output_dir)) as place:
         merged.to(dtype).save_pretrained(place)

@@ -9,6 +9,7 @@ the same directory, under upstream's names.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -20,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from monkey_model.checkpoint import check_finite
 from monkey_model.files import atomic, check_pickle_allowed, unreadable_pickle
 from monkey_model.parameter_names import is_frozen_twin, upstream_name
 
@@ -126,9 +128,9 @@ class MonkeyPeftModel(PeftModel):
 
         Raises:
             FileNotFoundError: no adapter in the directory.
-            ValueError: pickles without ``allow_pickle``; a damaged file; a base weight that the
-                model lacks, or has in another shape, quantised or offloaded. No base weight has
-                changed then.
+            ValueError: pickles without ``allow_pickle``; a damaged file; NaN or infinity; a base
+                weight that the model lacks, or has in another shape, quantised or offloaded. No
+                base weight has changed then.
         """
         directory = Path(model_id, kwargs.get("subfolder") or "")
         weights = adapter_weights(directory, allow_pickle)
@@ -138,6 +140,7 @@ class MonkeyPeftModel(PeftModel):
             raise ValueError(f"{weights} is no readable safetensors file: {error}") from None
         except UnpicklingError:
             raise unreadable_pickle(weights) from None
+        check_finite(weights, self.saved_parameters().items())
         path = directory / BASE_WEIGHTS
         if not path.is_file():
             return result
@@ -145,6 +148,7 @@ class MonkeyPeftModel(PeftModel):
             base = load_file(path)
         except SafetensorError as error:
             raise ValueError(f"{path} is no readable safetensors file: {error}") from None
+        check_finite(path, base.items())
         parameters = {
             short: parameter
             for name, parameter in self.named_parameters()
@@ -172,6 +176,22 @@ class MonkeyPeftModel(PeftModel):
             return parameter.requires_grad or short in self._loaded_base
 
         return {name: p for name, p in self.named_parameters() if saved(name, p)}
+
+
+def load_peft_model(
+    model: nn.Module, directory: str | Path, *, allow_pickle: bool = False
+) -> PeftModel:
+    """``model`` with the adapter of a directory, where peft's own errors name it.
+
+    Raises:
+        OSError, ValueError: those of :meth:`MonkeyPeftModel.load_adapter`; an adapter that does not
+            fit the model, or whose ``adapter_config.json`` makes no sense.
+    """
+    try:
+        return MonkeyPeftModel.from_pretrained(model, directory, allow_pickle=allow_pickle)
+    except (AttributeError, LookupError, RuntimeError, TypeError, re.error) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ValueError(f"adapter {directory} does not fit the model: {reason}") from error
 
 
 def _check_whole(name: str, parameter: nn.Parameter) -> nn.Parameter:

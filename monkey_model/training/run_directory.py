@@ -33,8 +33,12 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+#: Written into a checkpoint directory before everything else: what has neither mark is not ours.
+BEGUN = "begun"
 #: Written into a checkpoint directory when everything else is in it.
 COMPLETE = "complete"
+#: What a run leaves besides checkpoints.
+RESULTS = ("model", "merged", "loss.png")
 #: Written into the directory of a run when everything else is in it.
 FINISHED = "finished.json"
 #: Locked by the process that writes to the directory.
@@ -139,27 +143,39 @@ def _lock(directory: Path) -> int:
 def starting_point(output_dir: str | Path, resume: bool) -> Path | None:
     """The checkpoint to start from, None for none, once what is not whole has been removed.
 
+    Only a checkpoint that a run began and did not complete is removed.
+
     Raises:
         OSError: what is not whole cannot be removed.
-        ValueError: there is a run already, and ``resume`` is False.
+        ValueError: there is a run, or its results, and ``resume`` is False; checkpoints that no
+            run of this command wrote; or results, and no checkpoint to go on from.
     """
     return from_main_process(lambda: _starting_point(Path(output_dir), resume))
 
 
 def _starting_point(directory: Path, resume: bool) -> Path | None:
     found = checkpoints(directory)
-    names = [path.name for path in found.values()]
-    names += [FINISHED] if (directory / FINISHED).exists() else []
+    results = [name for name in (*RESULTS, FINISHED) if (directory / name).exists()]
+    names = [*(path.name for path in found.values()), *results]
     if names and not resume:
         raise ValueError(
             f"output_dir must have no run, or be resumed (--resume); {directory} has "
             f"{', '.join(names)}"
         )
-    (directory / FINISHED).unlink(missing_ok=True)
-    for path in found.values():
-        if not (path / COMPLETE).is_file():
-            shutil.rmtree(path)
+    cut = [path for path in found.values() if not (path / COMPLETE).is_file()]
+    if foreign := [path.name for path in cut if not (path / BEGUN).is_file()]:
+        raise ValueError(
+            f"output_dir must have checkpoints of this command alone; in {directory} "
+            f"{', '.join(foreign)} has no file {BEGUN!r} or {COMPLETE!r}: move it away"
+        )
     last = last_complete_checkpoint(directory)
+    if results and last is None:
+        raise ValueError(
+            f"output_dir must have a complete checkpoint to resume from; {directory} has only "
+            f"{', '.join(results)}, which a new run would replace"
+        )
+    for path in cut:
+        shutil.rmtree(path)
     if resume:
         logger.warning("resuming from %s", last or "nothing: there is no complete checkpoint")
     return last
@@ -169,6 +185,11 @@ def mark_finished(output_dir: str | Path, settings: Mapping[str, Any]) -> None:
     """Say that the run of ``settings`` (see :func:`is_finished`) has written everything."""
     with atomic(Path(output_dir, FINISHED)) as name, open(name, "w", encoding="utf-8") as file:
         json.dump({"settings": settings}, file, indent=2, default=str)
+
+
+def unmark_finished(output_dir: str | Path) -> None:
+    """Take the mark back: training goes on."""
+    from_main_process(lambda: Path(output_dir, FINISHED).unlink(missing_ok=True))
 
 
 def is_finished(output_dir: str | Path, settings: Mapping[str, Any], results: list[str]) -> bool:

@@ -280,6 +280,7 @@ def test_resuming_skips_answers_and_mends_a_torn_line(answerer, pictures):
         (b'{"id": "\xff"}\n', "line 1 must be an answer, .*can't decode byte 0xff"),
         ('{"id": true, "images": [], "question": "New?", "answer": "x"}\n', "line 1 must be an"),
         ('{"id": 1, "image": "a.png", "question": "?"}\n', "line 1 must be an answer, with"),
+        ('{"id": "precious"}', "must end with an answer, or a part of one; got"),
         ("precious notes", "must end with an answer, or a part of one; got 'precious notes'"),
         ('{"id": 0, "images": [], "question": "Old?", "answer": "x"}\n{"id": 1, "ima',
          r"other questions: by the id 0 it has question 'Old\?', not 'New\?'. Write to another"),

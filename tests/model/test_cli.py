@@ -176,6 +176,22 @@ def test_no_input_is_written_over(run, tmp_path):
     assert a.read_bytes() == before
 
 
+def test_nothing_is_written_into_the_checkpoint(run, checkpoint, tmp_path):
+    a, weights = picture(tmp_path / "a.png"), checkpoint / "model.safetensors"
+    before = weights.read_bytes()
+    for out in (weights, tmp_path / "x" / ".." / "checkpoint" / "tokens"):
+        output = run("encode", a, "--checkpoint", checkpoint, "--out", out, code=2)
+        assert "would be written into the checkpoint" in output
+    assert weights.read_bytes() == before and not (checkpoint / "tokens").exists()
+
+
+def test_names_are_printed_without_what_a_terminal_obeys(run, tmp_path):
+    a = picture(tmp_path / "a\x1b[31m.png")
+    assert "a\\x1b[31m.png: 1280 x 512 visual tokens" in run("encode", a)
+    output = run("encode", tmp_path / "b\x1b]0;x\x07.png", code=1)
+    assert "\x1b]0" not in output and "b\\x1b]0;x\\x07.png" in output
+
+
 def test_outputs_that_cannot_be_written(run, tmp_path):
     a, b = picture(tmp_path / "a.png"), picture(tmp_path / "b.png")
     (tmp_path / "file").write_text("")

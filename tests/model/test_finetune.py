@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import itertools
 import json
@@ -36,8 +37,10 @@ from monkey_model.training.config import (
 from monkey_model.training.finetune import draw_loss_curve, finetune
 from monkey_model.training.peft_model import MonkeyPeftModel
 from monkey_model.training.run_directory import (
+    BEGUN,
     COMPLETE,
     FINISHED,
+    LOCK,
     CompleteCheckpoints,
     checkpoints,
     last_complete_checkpoint,
@@ -172,6 +175,10 @@ def test_a_resumed_run_may_have_nothing_to_resume_from(config, tmp_path):
     half = tmp_path / "out" / "checkpoint-1"
     half.mkdir(parents=True)
     (half / "adapter_model.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match="checkpoint-1 has no file 'begun' or 'complete'"):
+        finetune(config(**settings), resume=True)
+    assert (half / "adapter_model.safetensors").read_bytes() == b"half"
+    (half / BEGUN).touch()
     finetune(config(**settings), resume=True)
     assert (half / COMPLETE).is_file() and len(losses(tmp_path / "out")) == 1
 
@@ -204,6 +211,21 @@ def test_a_finished_run_is_left_alone(start, tmp_path, monkeypatch, save):
     assert snapshot(out) == before
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 2 and "output_dir must have no run, or be resumed" in done.output
+
+
+def test_a_run_that_is_refused_stays_finished(config, tmp_path, monkeypatch):
+    settings = config(training={"max_steps": 1, "save_steps": 1})
+    finetune(settings)
+    before = snapshot(tmp_path / "out")
+    with pytest.raises(FileNotFoundError):
+        finetune(dataclasses.replace(settings, data=str(tmp_path / "none.json")), resume=True)
+    monkeypatch.chdir(tmp_path)  # its paths, spelled otherwise
+    relative = os.path.relpath(settings.checkpoint)
+    assert finetune(dataclasses.replace(settings, checkpoint=relative), resume=True) is None
+    after = snapshot(tmp_path / "out")
+    assert {path for path in before if before[path] != after.get(path)} <= {
+        tmp_path / "out", tmp_path / "out" / LOCK
+    }  # fmt: skip
 
 
 def test_a_run_killed_after_its_last_step_trains_no_more(config, tmp_path, monkeypatch):

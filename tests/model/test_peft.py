@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from transformers import BitsAndBytesConfig
 
 from monkey_model.freeze import freeze, freeze_report
 from monkey_model.modeling_monkey import MonkeyLMHeadModel
-from monkey_model.training.peft_model import BASE_WEIGHTS, MonkeyPeftModel
+from monkey_model.training.peft_model import BASE_WEIGHTS, MonkeyPeftModel, load_peft_model
 from monkey_model.training.peft_presets import NOT_QUANTISED, TARGETS, lora_config
 from tests.helpers.numerics import relative_l2
 from tests.helpers.stock import StockModel
@@ -314,6 +315,28 @@ def test_failed_write_leaves_the_last_one(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         model.save_pretrained(tmp_path)
     assert (tmp_path / BASE_WEIGHTS).read_bytes() == before
+
+
+def test_adapters_that_make_no_sense_are_named(tmp_path):
+    model = wrapped_model()
+    move_everything_trained(model)
+    model.save_pretrained(tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    state = load_file(weights)
+    name = next(iter(state))
+    save_file({**state, name: torch.full_like(state[name], torch.nan)}, weights)
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors holds NaN or infinity in "):
+        load_peft_model(tiny_model(), tmp_path)
+    save_file({**state, name: state[name][:1].contiguous()}, weights)
+    with pytest.raises(ValueError, match=r"does not fit the model: RuntimeError: .*size mismatch"):
+        load_peft_model(tiny_model(), tmp_path)
+    save_file(state, weights)
+    config = tmp_path / "adapter_config.json"
+    settings = json.loads(config.read_text())
+    for broken in ({"peft_type": "unknown"}, {"target_modules": "(("}, {"r": "8"}):
+        config.write_text(json.dumps({**settings, **broken}))
+        with pytest.raises(ValueError, match=f"^adapter {tmp_path} does not fit the model: "):
+            load_peft_model(tiny_model(), tmp_path)
 
 
 def test_base_weights_that_do_not_fit(tmp_path):

@@ -12,6 +12,8 @@ import pytest
 from monkey_model.training.config import FinetuneConfig
 from monkey_model.training.finetune import finetune
 from monkey_model.training.run_directory import (
+    BEGUN,
+    COMPLETE,
     FINISHED,
     LOCK,
     is_finished,
@@ -89,8 +91,34 @@ def test_finished_is_the_same_run_with_its_results(tmp_path):
     assert is_finished(tmp_path, settings, ["model"])
     assert not is_finished(tmp_path, {**settings, "training": {"max_steps": 4}}, ["model"])
     assert not is_finished(tmp_path, settings, ["model", "merged"])
-    with pytest.raises(ValueError, match=rf"must have no run, .*\(--resume\); .* has {FINISHED}$"):
+    with pytest.raises(
+        ValueError, match=rf"must have no run, .*\(--resume\); .* has model, {FINISHED}$"
+    ):
         starting_point(tmp_path, False)
     (tmp_path / FINISHED).write_text("{")
     with pytest.raises(ValueError, match=f"{FINISHED} must be JSON"):
         is_finished(tmp_path, settings, ["model"])
+
+
+@pytest.mark.parametrize("name", ["model", "merged", "loss.png"])
+def test_results_are_never_replaced_by_a_run_from_the_start(name, tmp_path):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "precious").touch()
+    with pytest.raises(ValueError, match=rf"must have no run, .*\(--resume\); .* has {name}$"):
+        starting_point(tmp_path, False)
+    with pytest.raises(ValueError, match=f"has only {name}, which a new run would replace"):
+        starting_point(tmp_path, True)
+    assert (tmp_path / name / "precious").exists()
+
+
+def test_only_what_a_run_began_is_removed(tmp_path):
+    for number, mark in ((1, COMPLETE), (2, BEGUN)):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+        (tmp_path / f"checkpoint-{number}" / mark).touch()
+    (tmp_path / "checkpoint-1000").mkdir()  # another program's
+    with pytest.raises(ValueError, match=r"of this command alone; .* checkpoint-1000 has no file"):
+        starting_point(tmp_path, True)
+    assert len(list(tmp_path.iterdir())) == 3
+    (tmp_path / "checkpoint-1000").rmdir()
+    assert starting_point(tmp_path, True) == tmp_path / "checkpoint-1"
+    assert not (tmp_path / "checkpoint-2").exists()
