@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,7 +83,7 @@ def _made(directory: Path) -> Iterator[str]:
             yield place
     except BaseException:
         if made:
-            directory.rmdir()
+            shutil.rmtree(directory, ignore_errors=True)  # files may have been moved into it
         raise
 
 
