@@ -3,6 +3,7 @@ what came."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +31,18 @@ def check_int(name: str, value: Any, least: int, most: int | None = None) -> Non
 
 def check_positive_int(name: str, value: Any) -> None:
     check_int(name, value, least=1)
+
+
+def check_number(
+    name: str, value: Any, least: float, *, most: float = math.inf, above: bool = False
+) -> None:
+    """``value`` is a finite number in ``least`` to ``most``, or strictly ``above`` the former."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number; got {value!r}")
+    if not (least <= value <= most) or not math.isfinite(value) or (above and value == least):
+        expected = f"above {least}" if above else f"at least {least}"
+        expected += f" and at most {most}" if math.isfinite(most) else ""
+        raise ValueError(f"{name} must be {expected}; got {value}")
 
 
 def check_divides(name: str, value: int, of: str, size: int) -> None:

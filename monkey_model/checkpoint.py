@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +28,9 @@ from monkey_model.files import (
 from monkey_model.visual import VisionTransformer
 
 if TYPE_CHECKING:
+    from monkey_model.configuration_monkey import MonkeyConfig
     from monkey_model.modeling_monkey import MonkeyLMHeadModel
+    from monkey_model.processing_monkey import MonkeyProcessor
 
 PREFIX = "transformer.visual."
 
@@ -71,8 +75,6 @@ def _weight_files(
         shards = _shards(name, directory, kind, prefix)
         if shards and kind == "pickle":
             check_pickle_allowed(name, shards[0], allow_pickle)
-        elif shards:
-            _check_names(shards)
         if shards:
             return kind, shards
     files = ", ".join(file for files in _FORMATS.values() for file in files)
@@ -92,8 +94,13 @@ def read_config(name: str, checkpoint: str | Path) -> tuple[Path, dict[str, Any]
     return path, config
 
 
-def _check_names(shards: Iterable[Path]) -> None:
-    """No tensor has two values: safetensors itself, and transformers, take one of them."""
+def _header_names(shards: Iterable[Path]) -> set[str]:
+    """The names of the tensors that safetensors files hold, read from their headers.
+
+    Raises:
+        ValueError: a tensor has two values, of which safetensors and transformers take one; or a
+            file is none of safetensors.
+    """
     owners: dict[str, Path] = {}
     for shard in shards:
         with open(shard, "rb") as file:
@@ -108,6 +115,46 @@ def _check_names(shards: Iterable[Path]) -> None:
             if name in owners:
                 raise ValueError(f"{owners[name]} and {shard.name} both hold {name}")
             owners[name] = shard
+    return set(owners)
+
+
+def _check_depth(
+    where: str | Path, field: str, layers: Any, names: Iterable[str], blocks: str
+) -> None:
+    """Raise a ValueError if the config has more layers than the weights.
+
+    Asked before the model is built, since one of a million layers takes all time and memory.
+
+    Args:
+        where: what messages call the checkpoint.
+        field: of the config.
+        layers: its value.
+        names: of the weights.
+        blocks: what the names of a layer's weights begin with, up to its number.
+    """
+    block = re.compile(re.escape(blocks) + r"(\d+)\.")
+    held = len({found[1] for name in names if (found := block.match(name))})
+    if isinstance(layers, int) and layers > held:
+        raise ValueError(
+            f"{where} does not fit its config: {field} must be at most {held}, as its weights "
+            f"have no more {blocks}*; got {layers}"
+        )
+
+
+def check_depth(where: str | Path, config: MonkeyConfig, names: Iterable[str]) -> None:
+    """Raise a ValueError if a whole model's config has more layers than its weights.
+
+    Args:
+        where: what messages call the checkpoint.
+        config: its config.
+        names: of its weights.
+    """
+    names = list(names)
+    for field, layers, blocks in (
+        ("num_hidden_layers", config.num_hidden_layers, "transformer.h."),
+        ("visual.layers", config.visual.get("layers"), PREFIX + "transformer.resblocks."),
+    ):
+        _check_depth(where, field, layers, names, blocks)
 
 
 def read_weights(
@@ -128,8 +175,10 @@ def read_weights(
         ValueError: pickles without ``allow_pickle``; a broken file; a tensor that is there twice.
     """
     kind, shards = _weight_files(name, Path(checkpoint), prefix, allow_pickle)
-    read = _read_safetensors if kind == "safetensors" else _read_pickles
-    return read(shards, prefix)
+    if kind == "pickle":
+        return _read_pickles(shards, prefix)
+    _header_names(shards)
+    return _read_safetensors(shards, prefix)
 
 
 def _read_safetensors(shards: Iterable[Path], prefix: str) -> dict[str, Tensor]:
@@ -219,6 +268,44 @@ def _is_finite(tensor: Tensor) -> bool:
     return all(math.isfinite(bound) for bound in torch.stack(tensor.aminmax()).tolist())
 
 
+@contextmanager
+def _read_by_transformers(what: str) -> Iterator[None]:
+    """A file that transformers, tokenizers or Jinja cannot digest is a ValueError that names it.
+
+    They check little of what they read, and raise whatever comes of it, such as a KeyError. Errors
+    of the system, of memory and of torch are no matter of a file and pass.
+    """
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, MemoryError, ImportError):
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{what} has a damaged file: {reason}") from error
+
+
+def load_processor(checkpoint: str | Path, name: str = "checkpoint") -> MonkeyProcessor:
+    """Tokenizer and image processor of a checkpoint, and its chat template tried once.
+
+    Args:
+        checkpoint: directory.
+        name: what messages call it.
+
+    Raises:
+        OSError: a file is missing.
+        ValueError: one is damaged.
+    """
+    from monkey_model.processing_monkey import MonkeyProcessor
+
+    check_directory(name, checkpoint)
+    with _read_by_transformers(f"{name} {checkpoint}"):
+        processor = MonkeyProcessor.from_pretrained(checkpoint)
+        if processor.tokenizer.chat_template is not None:
+            greeting = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
+            processor.tokenizer.apply_chat_template(greeting, tokenize=False)
+    return processor
+
+
 def load_visual(
     checkpoint: str | Path,
     *,
@@ -257,6 +344,8 @@ def load_visual(
     if not isinstance(config, dict):
         raise ValueError(f"{config_path} must have an object 'visual'")
     state = read_weights("checkpoint", directory, prefix=PREFIX, allow_pickle=allow_pickle)
+    if "layers" in config:
+        _check_depth(directory, "visual.layers", config["layers"], state, "transformer.resblocks.")
 
     try:
         with torch.device("meta"):
@@ -297,16 +386,22 @@ def load_model(
             twice, of another shape, NaN or infinite; a damaged file; a checkpoint of another
             family, or an adapter in place of a model.
     """
-    from monkey_model.modeling_monkey import MonkeyLMHeadModel  # encoding alone needs no LLM
+    # Encoding alone needs no language model.
+    from monkey_model.configuration_monkey import MonkeyConfig
+    from monkey_model.modeling_monkey import MonkeyLMHeadModel
 
     read_config(name, checkpoint)
     # transformers would load both, an adapter's pickle too.
     if Path(checkpoint, "adapter_config.json").exists():
         raise ValueError(f"{name} must be a whole model without an adapter beside it: {checkpoint}")
-    kind, _ = _weight_files(name, Path(checkpoint), "", allow_pickle)
-    model, info = MonkeyLMHeadModel.from_pretrained(
-        checkpoint, output_loading_info=True, use_safetensors=kind == "safetensors", **settings
-    )
+    kind, shards = _weight_files(name, Path(checkpoint), "", allow_pickle)
+    with _read_by_transformers(f"{name} {checkpoint}"):
+        config = MonkeyConfig.from_pretrained(checkpoint)
+        if kind == "safetensors":
+            check_depth(checkpoint, config, _header_names(shards))
+        model, info = MonkeyLMHeadModel.from_pretrained(
+            checkpoint, output_loading_info=True, use_safetensors=kind == "safetensors", **settings
+        )
     missing = sorted(
         key for key in info["missing_keys"] if not (without_adapters and "_lora." in key)
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from monkey_kernels.checks import check_int
+from monkey_kernels.checks import check_int, check_number
 
 
 class QWenConfig(PreTrainedConfig):
@@ -37,9 +37,9 @@ class QWenConfig(PreTrainedConfig):
             and which attention runs is ``attn_implementation``.
 
     Raises:
-        ValueError: hidden_size is not num_attention_heads * kv_channels, rotary_pct is not in
-            (0, 1], seq_length is below 2, intermediate_size is odd, or more than one of bf16, fp16
-            and fp32 is set.
+        TypeError: a field is no number that must be one.
+        ValueError: a number out of its range, hidden_size is not num_attention_heads * kv_channels,
+            intermediate_size is odd, or more than one of bf16, fp16 and fp32 is set.
 
     Source: upstream ``monkey_model/configuration_qwen.py``.
     """
@@ -81,8 +81,12 @@ class QWenConfig(PreTrainedConfig):
                 "hidden_size must be num_attention_heads * kv_channels, "
                 f"{self.num_attention_heads} * {self.kv_channels}; got {self.hidden_size}"
             )
-        if not 0 < self.rotary_pct <= 1:
-            raise ValueError(f"rotary_pct must be in (0, 1]; got {self.rotary_pct}")
+        for name in ("layer_norm_epsilon", "rotary_emb_base"):
+            check_number(name, getattr(self, name), 0, above=True)
+        check_number("rotary_pct", self.rotary_pct, 0, most=1, above=True)
+        check_number("initializer_range", self.initializer_range, 0)
+        for name in ("emb_dropout_prob", "attn_dropout_prob"):
+            check_number(name, getattr(self, name), 0, most=1)
         if self.seq_length < 2:
             raise ValueError(f"seq_length must be at least 2; got {self.seq_length}")
         if self.intermediate_size % 2:

@@ -27,7 +27,9 @@ MAY_IMPORT = {
     "training": {
         "checkpoint", "freeze", "inputs", "monkey_kernels", "processing", "shared", "visual",
     },
-    "checkpoint": {"modeling", "monkey_kernels", "shared", "visual"},
+    "checkpoint": {
+        "configuration", "modeling", "monkey_kernels", "processing", "shared", "visual",
+    },
     "patching": {"encoder", "inputs", "shared", "visual"},
     "freeze": {"shared"},
     "modeling": {

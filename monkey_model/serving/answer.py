@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from monkey_kernels.checks import check_positive_int
-from monkey_model.checkpoint import load_model
+from monkey_model.checkpoint import load_model, load_processor
 from monkey_model.files import (
     check_directory,
     json_lines,
@@ -107,7 +107,7 @@ class Answerer:
         else:
             model = load_model(directory, **loading)
         model = model.to(device=device, dtype=dtype)
-        return cls(model, MonkeyProcessor.from_pretrained(directory), **settings)
+        return cls(model, load_processor(directory), **settings)
 
     def read_images(self, question: Question) -> list[Tensor]:
         """The crops of each picture, [1, crops_per_image, 3, crop_size, crop_size].

@@ -23,13 +23,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, Qwen2Config
 
-from monkey_model.checkpoint import PREFIX, check_finite, check_state, read_config, read_weights
+from monkey_model.checkpoint import (
+    PREFIX,
+    check_depth,
+    check_finite,
+    check_state,
+    load_processor,
+    read_config,
+    read_weights,
+)
 from monkey_model.configuration_monkey import MonkeyConfig
 from monkey_model.configuration_qwen import QWenConfig
 from monkey_model.files import atomic_directory, check_directory
 from monkey_model.inputs.prompts import IMAGE_END, IMAGE_PAD, IMAGE_START
 from monkey_model.modeling_monkey import MonkeyLMHeadModel
-from monkey_model.processing_monkey import MonkeyProcessor
 from monkey_model.tokenization_qwen import QWenTokenizer
 
 #: Of :func:`export_qwen2`'s directory: what ``load_visual`` reads.
@@ -163,7 +170,7 @@ def export_qwen2(
         )
     read_config("checkpoint", source)
     config = MonkeyConfig.from_pretrained(source)
-    tokenizer = MonkeyProcessor.from_pretrained(source).tokenizer
+    tokenizer = load_processor(source).tokenizer
     result = qwen2_config(
         config,
         pad_token_id=tokenizer.eod_id,
@@ -171,6 +178,7 @@ def export_qwen2(
     )
     state = read_weights("checkpoint", source, allow_pickle=allow_pickle)
     state = {key: tensor for key, tensor in state.items() if not key.endswith(_COMPUTED)}
+    check_depth(source, config, state)
     with torch.device("meta"):
         expected = MonkeyLMHeadModel(config).state_dict()
     if config.tie_word_embeddings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -208,6 +209,26 @@ def test_textmonkey_is_refused_by_every_command(trained, pictures, told_by, monk
     encode = ["encode", pictures / "red.png", "--checkpoint", base, "--device", "cpu"]
     for command in [encode, *commands(base, adapter, pictures)]:
         assert "this is TextMonkey, whose encoder has" in one_error_line(command)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("tokenizer.json", "{}", "checkpoint .* has a damaged file: "),
+        ("chat_template.jinja", "{% for x in %}", "checkpoint .* damaged file: TemplateSyntaxErr"),
+        ("generation_config.json", "[]", "checkpoint .* damaged file: TypeError: 'list'"),
+        ("config.json", {"dtype": "nonsense"}, "checkpoint .* damaged file: .* 'nonsense'"),
+        ("config.json", {"layer_norm_epsilon": "a"}, "layer_norm_epsilon must be a number; got"),
+        ("config.json", {"num_hidden_layers": 20_000}, "num_hidden_layers must be at most 2,"),
+    ],
+)
+def test_a_damaged_file_of_a_checkpoint_is_one_error(trained, pictures, file, text, message):
+    base, adapter = trained
+    if isinstance(text, dict):
+        text = json.dumps(json.loads((base / file).read_text()) | text)
+    (base / file).write_text(text)
+    ask, *_ = commands(base, adapter, pictures)
+    assert re.search(message, one_error_line(ask))
 
 
 def test_an_adapters_pickle_is_read_only_when_asked(trained, pictures, monkeypatch):

@@ -269,7 +269,16 @@ def test_weights_that_are_no_numbers_are_named(tmp_path, encoder, value):
         load_visual(tmp_path, dtype=torch.float16)
 
 
-@pytest.mark.parametrize("field", ["width", "layers", "output_dim", "lora_repeat_num", "n_queries"])
+def test_a_config_of_more_layers_than_the_weights_builds_nothing(checkpoint, monkeypatch):
+    write_config(checkpoint, layers=200_000)
+    monkeypatch.setattr(VisionTransformer, "from_config", None)
+    held = VISUAL["layers"]
+    message = rf"visual.layers must be at most {held}, .*; got 200000"
+    with pytest.raises(ValueError, match=message):
+        load_visual(checkpoint)
+
+
+@pytest.mark.parametrize("field", ["width", "output_dim", "lora_repeat_num", "n_queries"])
 def test_sizes_beyond_any_tensor(checkpoint, field):
     write_config(checkpoint, **{field: 10**9})
     with pytest.raises(ValueError, match=f"{field} must be at most 262144; got 1000000000"):

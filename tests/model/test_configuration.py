@@ -52,7 +52,9 @@ def test_config_of_upstream():
     ("settings", "message"),
     [
         ({"hidden_size": 96}, r"hidden_size must be .*, 4 \* 32; got 96"),
-        ({"rotary_pct": 1.5}, r"rotary_pct must be in \(0, 1\]; got 1.5"),
+        ({"rotary_pct": 1.5}, "rotary_pct must be above 0 and at most 1; got 1.5"),
+        ({"layer_norm_epsilon": 0.0}, "layer_norm_epsilon must be above 0; got 0.0"),
+        ({"initializer_range": float("nan")}, "initializer_range must be at least 0; got nan"),
         ({"intermediate_size": 127}, "intermediate_size must be even; got 127"),
         ({"bf16": True, "fp32": True}, "at most one of bf16, fp16 and fp32 can be true; got bf16"),
         ({"seq_length": 1}, "seq_length must be at least 2; got 1"),
@@ -65,6 +67,12 @@ def test_config_that_makes_no_model(settings, message):
         settings = {**settings, "visual": {"output_dim": settings["hidden_size"]}}
     with pytest.raises(ValueError, match=message):
         tiny_config(**settings)
+
+
+@pytest.mark.parametrize("value", ["a", None, True])
+def test_config_of_no_numbers(value):
+    with pytest.raises(TypeError, match="layer_norm_epsilon must be a number; got"):
+        tiny_config(layer_norm_epsilon=value)
 
 
 def test_published_shape_on_the_meta_device():

@@ -406,7 +406,7 @@ def test_an_adapter(ours, tmp_path, run):
         ),
         ({"visual": {"add_window": True}}, "TextMonkey"),
         ({"visual": 3}, "visual must be an object; got 3"),
-        ({"num_hidden_layers": 3}, "missing transformer.h.2.ln_1.weight"),
+        ({"num_hidden_layers": 3}, "num_hidden_layers must be at most 2"),
         ({"num_hidden_layers": 1}, "unexpected transformer.h.1."),
         ({"vocab_size": 641}, "transformer.wte.weight must be [641, 128], got [640, 128]"),
     ],

@@ -351,7 +351,7 @@ def test_bad_input_is_one_error_and_nothing_written(run, picture, checkpoint, tm
         "bad.jpg' is not a readable image": (tmp_path / "bad.jpg", *page),
         "source cannot be opened": (tmp_path / "missing.jpg", *page),
         "--question needs --checkpoint": (picture, *page, "--question", "Why?"),
-        "weights of the model: lm_head": (
+        "num_hidden_layers must be at most 0, as its weights": (
             picture,
             *page,
             "--question",
