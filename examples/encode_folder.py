@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 
 from monkey_model import load_visual
 
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -32,7 +34,7 @@ def main() -> None:
         dtype=torch.bfloat16 if on_gpu else torch.float32,
     )
     options.out.mkdir(parents=True, exist_ok=True)
-    paths = sorted(path for path in options.pictures.iterdir() if path.is_file())
+    paths = [path for path in sorted(options.pictures.iterdir()) if path.suffix.lower() in SUFFIXES]
     for start in range(0, len(paths), options.batch_size):
         batch = paths[start : start + options.batch_size]
         with torch.inference_mode():

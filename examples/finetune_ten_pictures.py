@@ -25,7 +25,7 @@ SHAPES = ("circle", "square")
 
 def draw_pictures(folder: Path) -> Path:
     """Ten pictures and the conversations about them, in upstream's format."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     conversations = []
     for colour in COLOURS:
         for shape in SHAPES:

@@ -43,6 +43,7 @@ def test_encode_folder(example, tmp_path):
     (tmp_path / "pictures").mkdir()
     for number in range(3):
         Image.new("RGB", (60, 40 + number), "green").save(tmp_path / "pictures" / f"{number}.png")
+    (tmp_path / "pictures" / "notes.txt").write_text("no picture")
     example("encode_folder.py", tmp_path / "pictures", tmp_path / "out", "--batch-size", 2)
     shapes = {p.name: load_file(p)["tokens"].shape for p in (tmp_path / "out").iterdir()}
     assert shapes == {

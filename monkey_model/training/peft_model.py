@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from monkey_model.checkpoint import check_finite
-from monkey_model.files import atomic, check_pickle_allowed, unreadable_pickle
+from monkey_model.files import atomic, check_pickle_allowed, list_problems, unreadable_pickle
 from monkey_model.parameter_names import is_frozen_twin, upstream_name
 
 #: Beside peft's ``adapter_model.safetensors``, where there is anything to put into it.
@@ -128,9 +128,9 @@ class MonkeyPeftModel(PeftModel):
 
         Raises:
             FileNotFoundError: no adapter in the directory.
-            ValueError: pickles without ``allow_pickle``; a damaged file; NaN or infinity; a base
-                weight that the model lacks, or has in another shape, quantised or offloaded. No
-                base weight has changed then.
+            ValueError: pickles without ``allow_pickle``; a damaged file; weights that are missing
+                or too many; NaN or infinity; a base weight that the model lacks, or has in another
+                shape, quantised or offloaded. No base weight has changed then.
         """
         directory = Path(model_id, kwargs.get("subfolder") or "")
         weights = adapter_weights(directory, allow_pickle)
@@ -140,6 +140,12 @@ class MonkeyPeftModel(PeftModel):
             raise ValueError(f"{weights} is no readable safetensors file: {error}") from None
         except UnpicklingError:
             raise unreadable_pickle(weights) from None
+        problems = [f"missing {key}" for key in result.missing_keys]
+        problems += [f"unexpected {key}" for key in result.unexpected_keys]
+        if problems:  # peft warns of the first, and says nothing of the second
+            raise ValueError(
+                f"{weights} does not fit its {CONFIG_NAME} and the model: {list_problems(problems)}"
+            )
         check_finite(weights, self.saved_parameters().items())
         path = directory / BASE_WEIGHTS
         if not path.is_file():

@@ -330,6 +330,12 @@ def test_adapters_that_make_no_sense_are_named(tmp_path):
     save_file({**state, name: state[name][:1].contiguous()}, weights)
     with pytest.raises(ValueError, match=r"does not fit the model: RuntimeError: .*size mismatch"):
         load_peft_model(tiny_model(), tmp_path)
+    others = {key: value for key, value in state.items() if key != name}
+    save_file({**others, "model.stray": torch.ones(2)}, weights)
+    # peft calls the missing one by the name that it has in the model.
+    message = rf"does not fit its .*: missing {name[:40]}\S*; unexpected model.stray"
+    with pytest.raises(ValueError, match=message):
+        load_peft_model(tiny_model(), tmp_path)
     save_file(state, weights)
     config = tmp_path / "adapter_config.json"
     settings = json.loads(config.read_text())
