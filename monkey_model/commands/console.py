@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from monkey_model.inputs.fetch import shown
@@ -49,16 +57,29 @@ def report(message: str) -> None:
     say(err_console, shown(message))
 
 
-def progress_bar(doing: str, *, disable: bool = False) -> Progress:
-    """A bar that says how many are done and how long the others take."""
-    return Progress(
-        TextColumn(doing),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=err_console,
-        disable=disable,
-    )
+def progress_bar(doing: str, *, disable: bool = False, unit: str | None = None) -> Progress:
+    """A bar that says how many are done and how long the others take.
+
+    Args:
+        doing: before the bar.
+        disable: show nothing.
+        unit: what is counted, to show how many a second, and the task's field ``waited``: the share
+            of the time that the device waited.
+    """
+    columns: list[ProgressColumn] = [TextColumn(doing), BarColumn(), MofNCompleteColumn()]
+    if unit is not None:
+        columns += [_Rate(unit), TextColumn("device waited {task.fields[waited]:.0%}")]
+    return Progress(*columns, TimeRemainingColumn(), console=err_console, disable=disable)
+
+
+class _Rate(ProgressColumn):
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.1f} {self._unit}/s")
 
 
 def usable_device(name: str | None) -> torch.device:

@@ -65,6 +65,10 @@ def encode(
     device: DeviceOption = None,
     dtype: DTypeOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images in one pass.")] = 1,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Decoding threads. Default: one per core, up to 16."),
+    ] = None,
     preview: Annotated[
         Path | None, typer.Option(help="PNG of the first image's crops and their adapters.")
     ] = None,
@@ -114,18 +118,19 @@ def encode(
                 "[yellow]No --checkpoint: a small encoder with random weights (seed 0) stands in. "
                 "These tokens carry no meaning.[/]"
             )
-        with progress_bar("Encoding", disable=len(images) == 1) as progress:
-            task = progress.add_task("Encoding", total=len(images))
+        with progress_bar("Encoding", disable=len(images) == 1, unit="pictures") as progress:
+            task = progress.add_task("Encoding", total=len(images), waited=0.0)
             failed = encode_files(
                 encoder,
                 images,
                 paths,
                 origin=str(checkpoint) if checkpoint else "none: random weights",
                 batch_size=batch_size,
+                workers=workers,
                 preview=preview,
                 allow_urls=allow_urls,
                 fast_decode=fast_decode,
-                on_done=lambda count: progress.advance(task, count),
+                on_done=lambda count, waited: progress.update(task, advance=count, waited=waited),
                 on_written=lambda message: say(err_console, message),
                 on_problem=report,
             )

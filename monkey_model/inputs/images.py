@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import IO, Any, TypeAlias
 
 import numpy as np
@@ -34,6 +34,9 @@ ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarr
 
 # Pixels per strip, 8 rows of a 4000x3000 photo: longer strips are hardly faster, and cost memory.
 _STRIP_PIXELS = 1 << 15
+
+# Of decoding: Pillow's four, and the result's three.
+_BYTES_PER_PIXEL = 7
 
 # EXIF orientation: what turns the picture upright; whether that swaps rows and columns; whether the
 # first stored row becomes the last row (or column).
@@ -57,6 +60,7 @@ def load_image(
     fast_decode: tuple[int, int] | None = None,
     max_bytes: int = 64 * 2**20,
     timeout: float = 10.0,
+    reserve: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Decode one image to upright uint8 RGB.
 
@@ -83,6 +87,8 @@ def load_image(
             less exactly, and never below that size. Ignored for what is no JPEG file.
         max_bytes: most bytes that a web address may send.
         timeout: seconds that a web address may take in all, redirects included.
+        reserve: called with the bytes that decoding a file takes at its peak, result included,
+            before it takes them. It may wait.
 
     Returns:
         uint8 [H, W, 3], contiguous, on the CPU, or on the tensor's device if ``source`` is a
@@ -118,7 +124,7 @@ def load_image(
     if isinstance(source, Image.Image):
         return _decode(source, f"Pillow image of mode {source.mode}", None)
     if isinstance(source, bytes):
-        return _decode(io.BytesIO(source), f"of {len(source)} bytes", fast_decode)
+        return _decode(io.BytesIO(source), f"of {len(source)} bytes", fast_decode, reserve)
     if isinstance(source, str) and (match := SCHEME.match(source)):
         name = repr(redact(source[:200]))
         if match[0].lower() not in ("http://", "https://"):
@@ -126,12 +132,12 @@ def load_image(
         if not allow_urls:
             raise ValueError(f"source is a URL, and allow_urls is False; got {name}")
         data = fetch(source, name, max_bytes, timeout)
-        return _decode(io.BytesIO(data), name, fast_decode)
+        return _decode(io.BytesIO(data), name, fast_decode, reserve)
     if isinstance(source, (str, os.PathLike)):
         path = os.fsdecode(source)
         try:
             with open_file(path) as file:
-                return _decode(file, repr(path), fast_decode)
+                return _decode(file, repr(path), fast_decode, reserve)
         except OSError as error:  # OSError picks its subclass by the number
             message = f"source cannot be opened: {error.strerror}"
             raise OSError(error.errno, message, path) from None
@@ -183,7 +189,10 @@ def load_crops(
 
 
 def _decode(
-    source: Image.Image | IO[bytes], name: str, fast_decode: tuple[int, int] | None
+    source: Image.Image | IO[bytes],
+    name: str,
+    fast_decode: tuple[int, int] | None,
+    reserve: Callable[[int], None] | None = None,
 ) -> Tensor:
     """A file or Pillow image to uint8 [H, W, 3]; ``name`` says in errors which one."""
     try:
@@ -196,6 +205,8 @@ def _decode(
         if fast_decode is not None and image.format in ("JPEG", "MPO"):
             height, width = fast_decode[::-1] if _orientation(image) >= 5 else fast_decode
             image.draft(None, (width, height))
+        if reserve is not None:
+            reserve(_BYTES_PER_PIXEL * image.height * image.width)
         image.load()
         check_pixels(image.height, image.width)  # a header need not tell the truth
         return _copy_pixels(image, _orientation(image))

@@ -26,6 +26,7 @@ from monkey_model.files import (
 from monkey_model.inputs.fetch import SCHEME
 from monkey_model.inputs.prompts import GROUNDING, check_no_surrogates
 from monkey_model.processing_monkey import MonkeyProcessor
+from monkey_model.serving.pipeline import in_batches, read_ahead
 from monkey_model.training.peft_model import adapter_weights, load_peft_model
 
 
@@ -366,18 +367,18 @@ def answer_file(
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     # Unbuffered: each write is one call of the system, which appends all of it.
     with open(out, "ab", buffering=0) as file:
-        for start in range(0, len(left), batch_size):
-            batch = left[start : start + batch_size]
+        read = read_ahead(left, lambda question, _: answerer.read_images(question))
+        for batch in in_batches(read, batch_size, lambda row: row[1].exception() is None):
             readable = []
-            for question in batch:
+            for question, images in batch:
                 try:
-                    readable.append((question, answerer.read_images(question)))
+                    readable.append((question, images.result()))
                 except (TypeError, ValueError, OSError) as error:
                     failed += 1
                     on_problem(f"id {question.id!r}: {error}")
             if readable:
-                asked, images = zip(*readable, strict=True)
-                for question, answer in zip(asked, answerer.answer(asked, images), strict=True):
+                asked, pictures = zip(*readable, strict=True)
+                for question, answer in zip(asked, answerer.answer(asked, pictures), strict=True):
                     record = {**_recorded(question), "answer": answer}
                     line = json.dumps(record, ensure_ascii=False) + "\n"
                     # A path that is no UTF-8 has half surrogates, and JSON the same escapes.
