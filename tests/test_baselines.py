@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounter
 from benchmarks import baselines
 from monkey_model.visual import VisionTransformer
 from tests.helpers.golden import assert_crops_match, assert_tokens_match, load_golden
+from tests.helpers.pictures import needs_pillow_13
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +23,12 @@ def crops(golden):
     return torch.cat([baselines.upstream_crops(Image.open(path)) for path in golden.images])
 
 
+@needs_pillow_13
 def test_upstream_crops(golden, crops):
     assert_crops_match(crops, golden)
 
 
+@needs_pillow_13
 def test_upstream_tokens(golden, crops):
     with torch.no_grad():
         assert_tokens_match(baselines.upstream_tokens(golden.encoder(), crops), golden)
@@ -56,6 +59,7 @@ def test_forms_of_the_encoder_cache_what_they_fold(golden, monkeypatch):
     assert not any(p.is_inference() for p in copies[0].parameters())
 
 
+@needs_pillow_13
 def test_library_tokens(golden, crops):
     encoder = golden.encoder()
     with torch.no_grad():

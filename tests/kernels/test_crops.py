@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 
 import numpy as np
-import PIL
 import pytest
 import torch
 from PIL import Image
@@ -14,6 +13,7 @@ from torch.nn import functional as F
 from monkey_kernels import CLIP_MEAN, CLIP_STD, extract_crops
 from monkey_kernels.crops import reference
 from monkey_kernels.crops.reference import extract_crops_reference, place, resize_uint8
+from tests.helpers.pictures import needs_pillow_13
 
 MODES = ["bilinear", "bicubic"]
 FIXED_SIZES = [(1, 1), (1, 5000), (5000, 1), (896, 896), (3000, 4000), (480, 640), (1512, 2016)]
@@ -72,11 +72,9 @@ def test_resize_is_pillow_to_the_bit(mode):
             )
 
 
+@needs_pillow_13  # whose order depends on the size, to say more than the oracle
 @pytest.mark.parametrize("mode", MODES)
 def test_order_of_passes_is_pillows(mode):
-    """Needs a Pillow whose order depends on the size (13 and later) to say more than the oracle."""
-    if int(PIL.__version__.split(".")[0]) < 13:
-        pytest.skip("this Pillow takes the horizontal pass first for every size")
     for size in [(2300, 500), (1000, 947), (1000, 949), (895, 100), (897, 896), (4000, 3000)]:
         image = noise(*size)
         whole = Image.fromarray(image.numpy()).resize((896, 896), Image.Resampling[mode.upper()])
