@@ -8,7 +8,7 @@ upstream's, key for key.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from monkey_model.encoder.crop_adapters import (
     Lora_Adapter,
     check_adapter_index,
     default_adapter_index,
+    repeats,
     select_adapters,
 )
 from monkey_model.encoder.cuda_graph import GraphedEncoder
@@ -50,6 +51,11 @@ __all__ = [
     "reconstruct_matrix",
     "sliding_window",
 ]
+
+
+def _swap(x: Tensor, rows: int) -> Tensor:
+    """[rows * columns, ...] with rows and columns exchanged: [columns * rows, ...]."""
+    return x.unflatten(0, (rows, -1)).transpose(0, 1).flatten(0, 1)
 
 
 class VisionTransformer(nn.Module):
@@ -205,11 +211,12 @@ class VisionTransformer(nn.Module):
                 not positive; or the errors of :meth:`encode_images`.
         """
         check_positive_int("images", images)
-        selection = self._select(self.adapter_index(adapter_index) * images)
+        with torch.no_grad():
+            encoding = self._encoding(self.adapter_index(adapter_index) * images)
         side, dtype = self.crop_settings.crop_size, self.transformer.get_cast_dtype()
         shape = (images * self.crop_settings.crops_per_image, 3, side, side)
         crops = torch.zeros(shape, dtype=dtype, device=self._device())
-        return GraphedEncoder(self, partial(self._tokens, selection=selection), crops)
+        return GraphedEncoder(self, encoding, crops)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._positions.drop()  # weights made under inference_mode count no versions
@@ -238,21 +245,31 @@ class VisionTransformer(nn.Module):
         per_crop = isinstance(idx, Sequence) and not isinstance(idx, str)
         adapters = self.lora_repeat_num
         index = check_adapter_index("idx", idx if per_crop else [idx] * len(x), adapters, len(x))
-        return self._tokens(x, self._select(index))
+        return self._encoding(index)(x)
 
-    def _select(self, index: Sequence[int | None]) -> AdapterSelection:
-        """A checked entry per crop, as the blocks take it."""
-        one_hot = self.transformer.blocks_compiled
-        return select_adapters(index, self.lora_repeat_num, self._device(), one_hot=one_hot)
+    def _encoding(self, index: Sequence[int | None]) -> Callable[[Tensor], Tensor]:
+        """What encodes crops whose adapters are ``index``, a checked entry per crop."""
+        # A compiled block takes every index by one graph, and training its measured form.
+        one_hot = self.transformer.blocks_compiled or torch.is_grad_enabled()
+        images = 1 if one_hot else repeats(index)
+        crops = len(index) // images
+        index = [index[crop] for crop in range(crops) for _ in range(images)]
+        adapters, device = self.lora_repeat_num, self._device()
+        selection = select_adapters(index, adapters, device, one_hot=one_hot)
+        return partial(self._tokens, selection=selection, images=images)
 
-    def _tokens(self, x: Tensor, selection: AdapterSelection) -> Tensor:
+    def _tokens(self, x: Tensor, selection: AdapterSelection, images: int) -> Tensor:
+        """Visual tokens of crops; of several images by crop position, so that adapters get runs."""
         x = x.to(self._device(), self.transformer.get_cast_dtype())
+        if images > 1:
+            x = _swap(x, images)
         x = embed_patches(self.conv1, x)
         x = self.ln_pre(
             x + resized_positions(self._positions, self.positional_embedding, x.shape[1])
         )
         x = self.transformer(x.transpose(0, 1), idx=selection).transpose(0, 1)
-        return self.ln_post(self.attn_pool(x)) @ self.proj
+        tokens = self.ln_post(self.attn_pool(x)) @ self.proj
+        return tokens if images == 1 else _swap(tokens, len(tokens) // images)
 
     def _device(self) -> torch.device:
         """Where the encoder computes.

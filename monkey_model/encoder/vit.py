@@ -17,7 +17,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from monkey_kernels.checks import check_divides
-from monkey_model.encoder.crop_adapters import AdapterSelection, adapter_bank, with_adapters
+from monkey_model.encoder.crop_adapters import (
+    AdapterBank,
+    AdapterSelection,
+    adapter_bank,
+    with_adapters,
+)
 from monkey_model.gradient_checkpointing import check_not_reentrant
 
 #: Blocks between two inputs that gradient checkpointing keeps. The kept inputs and what the blocks
@@ -61,7 +66,7 @@ class _Recomputing(nn.Module):
         self,
         base: Callable[[Tensor], Tensor],
         x: Tensor,
-        adapters: nn.ModuleList,
+        adapters: AdapterBank,
         selection: AdapterSelection,
     ) -> Tensor:
         """:func:`with_adapters`, of which ``x`` alone is kept."""
@@ -210,8 +215,11 @@ class VisualAttentionBlock(_Recomputing):
         idx: AdapterSelection = None,
     ) -> Tensor:
         """[N, crops, d_model] to the same; ``k_x`` and ``v_x`` are unused, as upstream."""
-        x = q_x + self.attention(self.ln_1(q_x), attn_mask=attn_mask, idx=idx)
-        out = self._adapted(self._mlp, x.transpose(0, 1), self.mlp_lora, idx)
+        x = q_x.transpose(0, 1)
+        # A LayerNorm copies rows that do not follow each other.
+        normed = self.ln_1(x).transpose(0, 1)
+        x = x + self.attention(normed, attn_mask=attn_mask, idx=idx).transpose(0, 1)
+        out = self._adapted(self._mlp, x, self.mlp_lora, idx)
         return out.transpose(0, 1)
 
     def _mlp(self, x: Tensor) -> Tensor:
