@@ -96,7 +96,7 @@ class _Counter(TorchDispatchMode):
 
 @contextlib.contextmanager
 def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tensors made inside may lie on a CUDA device that does not exist; caches keep their values."""
+    """Tensors made inside may lie on a GPU that does not exist; caches keep their values."""
     with monkeypatch.context() as patch, FakeTensorMode():
         patch.setattr(parameter_cache.ParameterCache, "can_watch", staticmethod(lambda _: True))
         patch.setattr(parameter_cache, "_state", id)

@@ -162,7 +162,7 @@ def test_error_of_adapters_written_into_the_output(dtype, selection):
 
 
 def test_changed_adapters_are_stacked_again():
-    """After a step, a load and a cast; a fused optimizer's step comes after a call with gradients."""
+    """After a step, a load and a cast, and after a call with gradients whatever came then."""
     encoder, other = tiny_encoder(), tiny_encoder(seed=1)
     crops, index = torch.randn(5, 3, 28, 28), [0, 1, 2, 3, None]
 

@@ -37,5 +37,5 @@ def test_the_counter_counts():
     x = torch.randn(4, 4)
     launches = count_launches(lambda: (x.T.view(4, 4) @ x).mul_(2))
     assert launches.made == [("mm", 3 * x.nbytes), ("mul_", 2 * x.nbytes)]
-    with pytest.raises(AssertionError, match="_local_scalar_dense.default waits for its tensor"):
+    with pytest.raises(AssertionError, match=r"_local_scalar_dense.default waits for its tensor"):
         count_launches(lambda: x.sum().item())
