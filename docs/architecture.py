@@ -24,6 +24,7 @@ FLOORS = ("shared", "monkey_kernels")
 # Where a room stands from left to right; its height follows from its arrows.
 _ACROSS = {
     "commands": 4.6,
+    "evaluation": 2.3,
     "serving": 2.3,
     "training": 6.6,
     "checkpoint": 4.5,

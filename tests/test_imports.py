@@ -17,9 +17,10 @@ from tests.helpers.imports import FRONT_DOOR, ROOT, Import, arrows, circle, impo
 #: What a room may import. monkey_model itself, the front door, names what is in the others.
 MAY_IMPORT = {
     "commands": {
-        "checkpoint", "configuration", "inputs", "modeling", "monkey_kernels", "processing",
-        "serving", "shared", "training",
+        "checkpoint", "configuration", "evaluation", "inputs", "modeling", "monkey_kernels",
+        "processing", "serving", "shared", "training",
     },
+    "evaluation": {"inputs", "monkey_kernels", "serving", "shared"},
     "serving": {
         "checkpoint", "configuration", "inputs", "modeling", "monkey_kernels", "processing",
         "shared", "training", "visual",

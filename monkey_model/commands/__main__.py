@@ -9,7 +9,16 @@ from typing import Annotated
 
 import typer
 
-from monkey_model.commands import ask, demo_checkpoint, doctor, encode, export, finetune, look
+from monkey_model.commands import (
+    ask,
+    demo_checkpoint,
+    doctor,
+    encode,
+    evaluate,
+    export,
+    finetune,
+    look,
+)
 
 # torch takes seconds to import, so `monkey --help` does without: it is imported where it is used.
 
@@ -24,6 +33,7 @@ for command in (
     finetune.merge,
     encode.encode,
     look.look,
+    evaluate.evaluate,
     export.export,
     demo_checkpoint.demo_checkpoint,
     doctor.doctor,

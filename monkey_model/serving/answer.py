@@ -54,6 +54,7 @@ class Answerer:
         chat: whether questions are put in ChatML, for a model trained on it, instead of upstream's
             ``<img>...</img> QUESTION Answer: ``.
         max_new_tokens: longest answer.
+        template: what follows the pictures where it is not ChatML, ``{}`` being the question.
     """
 
     def __init__(
@@ -63,12 +64,14 @@ class Answerer:
         *,
         chat: bool = False,
         max_new_tokens: int = 512,
+        template: str = " {} Answer: ",
     ) -> None:
         check_positive_int("max_new_tokens", max_new_tokens)
         self.model = model.eval()
         self.processor = processor
         self.chat = chat
         self.max_new_tokens = max_new_tokens
+        self.template = template
 
     @classmethod
     def from_pretrained(
@@ -87,7 +90,7 @@ class Answerer:
             device: to run on.
             dtype: of weights and arithmetic.
             allow_pickle: as in :func:`monkey_model.checkpoint.load_model`, of adapters too.
-            settings: chat and max_new_tokens.
+            settings: chat, max_new_tokens and template.
 
         Raises:
             OSError, ValueError: a checkpoint that is not there, or not whole.
@@ -123,7 +126,7 @@ class Answerer:
         """The text for the tokenizer. Special tokens in a question are plain text but for boxes."""
         if not self.chat:
             text = self.processor.tokenizer.escape(question.text, keep=GROUNDING)
-            return "<img></img>" * len(question.images) + f" {text} Answer: "
+            return "<img></img>" * len(question.images) + self.template.replace("{}", text)
         parts: list[dict[str, str]] = [{"type": "image"} for _ in question.images]
         messages = [{"role": "user", "content": [*parts, {"type": "text", "text": question.text}]}]
         return self.processor.tokenizer.apply_chat_template(
@@ -200,7 +203,7 @@ def read_questions(
     lines: dict[str | int, int] = {}
     for number, record in json_lines(read_text(path)):
         try:
-            question = _question(record, number, root)
+            question = read_question(record, number, root)
             if question.id in lines:
                 raise ValueError(f"id {question.id!r} must differ from that of line "
                                  f"{lines[question.id]}")  # fmt: skip
@@ -212,7 +215,17 @@ def read_questions(
     return questions, problems
 
 
-def _question(record: Any, number: int, root: Path) -> Question:
+def read_question(record: Any, name: str | int, root: Path) -> Question:
+    """The question that a record ``{"image" or "images", "question", "id"}`` asks.
+
+    Args:
+        record: as :func:`monkey_model.files.parse_json` gives it, or its error.
+        name: the question's id, if the record has none.
+        root: folder of relative paths.
+
+    Raises:
+        ValueError: it is no such record.
+    """
     if isinstance(record, ValueError):
         raise ValueError(f"must be a JSON object: {record}")
     if not isinstance(record, dict):
@@ -231,7 +244,7 @@ def _question(record: Any, number: int, root: Path) -> Question:
     if not isinstance(text, str):
         raise ValueError(f"'question' must be a string; got {reprlib.repr(text)}")
     check_no_surrogates("'question'", text)
-    name = record.get("id", number)
+    name = record.get("id", name)
     if type(name) not in (str, int):
         raise ValueError(f"'id' must be a string or an integer; got {reprlib.repr(name)}")
     check_no_surrogates("'id'", str(name))

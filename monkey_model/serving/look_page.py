@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import warnings
 import zlib
-from importlib.resources import files
 from typing import Any
 
 import matplotlib
@@ -22,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from monkey_model.serving import page
 from monkey_model.serving.crop_pictures import crop_labels, crop_pixels, draw_crops
 from monkey_model.serving.look import (
     Look,
@@ -51,11 +50,7 @@ def build_page(look: Look, name: str, note: str) -> str:
         name: of the picture, as a heading.
         note: what weights these are.
     """
-    template = (files("monkey_model") / "serving" / "look.html").read_text(encoding="utf-8")
-    # In a script element only "<" could end the data.
-    data = json.dumps(_page_data(look, name, note)).replace("<", "\\u003c")
-    head, tail = template.split("{{DATA}}")
-    return head + data + tail
+    return page.build_page("serving", "look.html", _page_data(look, name, note))
 
 
 def _page_data(look: Look, name: str, note: str) -> dict[str, Any]:
@@ -154,17 +149,11 @@ def _packed(array: Any) -> dict[str, Any]:
 def _jpeg(pixels: Tensor, longest: int) -> str:
     image = Image.fromarray(pixels.contiguous().numpy())
     image.thumbnail((longest, longest))
-    return _data_url(image, "JPEG", quality=88)
+    return page.data_url(image, "JPEG", quality=88)
 
 
 def _png(pixels: Tensor) -> str:
-    return _data_url(Image.fromarray(pixels.contiguous().numpy()), "PNG")
-
-
-def _data_url(image: Image.Image, kind: str, **options: Any) -> str:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+    return page.data_url(Image.fromarray(pixels.contiguous().numpy()), "PNG")
 
 
 def draw_figures(look: Look) -> dict[str, bytes]:

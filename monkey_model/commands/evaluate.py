@@ -1,0 +1,284 @@
+"""``monkey evaluate``: how well a model answers the questions of a data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from monkey_model.commands.console import (
+    DeviceOption,
+    DType,
+    DTypeOption,
+    PickleOption,
+    default_dtype,
+    err_console,
+    out_console,
+    progress_bar,
+    report,
+    say,
+    usable_device,
+)
+from monkey_model.inputs.fetch import shown
+
+if TYPE_CHECKING:
+    from monkey_model.evaluation.datasets import DataSet
+    from monkey_model.evaluation.metrics import Metric
+    from monkey_model.evaluation.records import Id, Record
+
+
+def _print_list(root: Path) -> None:
+    """The data sets, and whether their files are there; and the metrics."""
+    from monkey_model.evaluation.datasets import DATA_SETS
+    from monkey_model.evaluation.metrics import METRICS
+
+    table = Table("data set", "metric", "files", "there")
+    for column in table.columns:
+        column.overflow = "fold"  # a name that is cut off is of no use
+    for one in DATA_SETS.values():
+        files = [file for file in (one.data, one.annotations) if file is not None]
+        there = all((root / file).is_file() for file in files)
+        table.add_row(one.name, "\n".join(one.metrics), "\n".join(files), "yes" if there else "no")
+    out_console.print(table)
+    table = Table("metric", "about")
+    for metric in METRICS.values():
+        table.add_row(metric.name, metric.about)
+    out_console.print(table)
+
+
+def _data_set(name: str) -> DataSet:
+    from monkey_model.evaluation.datasets import DATA_SETS
+
+    if name not in DATA_SETS:
+        raise ValueError(f"data set must be one of {', '.join(DATA_SETS)} (--list); got {name!r}")
+    return DATA_SETS[name]
+
+
+def _metrics(names: list[str]) -> list[Metric]:
+    from monkey_model.evaluation.metrics import METRICS
+
+    if not names:
+        raise ValueError(f"--data needs a --metric, one of {', '.join(METRICS)}")
+    for name in names:
+        if name not in METRICS:
+            raise ValueError(f"--metric must be one of {', '.join(METRICS)}; got {name!r}")
+    return [METRICS[name] for name in dict.fromkeys(names)]
+
+
+def _print_scores(title: str, content: dict[str, Any]) -> None:
+    table = Table("metric", "score", "standard error", "questions", title=shown(title))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, score in content["scores"].items():
+        error = score["standard_error"]
+        table.add_row(
+            name, f"{100 * score['mean']:.2f}", "" if error is None else f"{100 * error:.2f}",
+            str(content["counts"]["records"]),
+        )  # fmt: skip
+    out_console.print(table)
+
+
+def _ask(
+    records: list[Record],
+    out: Path,
+    checkpoint: Path,
+    settings: dict[str, Any],
+    *,
+    shard: tuple[int, int] | None,
+    batch_size: int,
+    device: str | None,
+    allow_pickle: bool,
+) -> tuple[dict[Id, str], int]:
+    """The answers, and how many questions they should answer."""
+    from monkey_model.evaluation.evaluate import answer_all, questions_for
+    from monkey_model.evaluation.records import check_pictures
+    from monkey_model.serving.answer import Answerer
+
+    check_pictures(records)
+
+    def answerer() -> Answerer:
+        target = usable_device(device)
+        return Answerer.from_pretrained(
+            checkpoint,
+            device=target,
+            dtype=default_dtype(DType(settings["dtype"]), target),
+            allow_pickle=allow_pickle,
+            chat=settings["chat"],
+            max_new_tokens=settings["max_new_tokens"],
+            template=settings["prompt"],
+        )
+
+    questions = questions_for(records, settings["prompt"], settings["chat"])
+    mine = len(questions if shard is None else questions[shard[0] - 1 :: shard[1]])
+    with progress_bar("Answering") as progress:
+        task = progress.add_task("Answering", total=mine)
+        answers = answer_all(
+            answerer,
+            questions,
+            out,
+            shard=shard,
+            batch_size=batch_size,
+            on_done=lambda count: progress.advance(task, count),
+            on_problem=report,
+        )
+    return answers, mine
+
+
+def evaluate(
+    name: Annotated[str | None, typer.Argument(help="A data set of --list.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for answers, scores and the page of worst cases.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Checkpoint directory, or OUTPUT_DIR/model of finetune.")
+    ] = None,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(help="Score these answers (JSONL, or a JSON list) instead of a model's."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help='JSONL of {"image", "question", "answer", "question_id"}, or VQA\'s JSON of '
+            "questions, instead of NAME."
+        ),
+    ] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(help="With --data, or more for NAME; can be repeated.")
+    ] = None,
+    annotations: Annotated[
+        Path | None, typer.Option(help="VQA's JSON of annotations, with --data.")
+    ] = None,
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of relative paths. Default: the current one for NAME, --data's own else."
+        ),
+    ] = None,
+    image_pattern: Annotated[
+        str | None,
+        typer.Option(help="Picture of a VQA question, such as COCO_val2014_{image_id:012}.jpg."),
+    ] = None,
+    number_lines: Annotated[
+        bool, typer.Option("--number-lines", help="Take lines' numbers for ids, if these repeat.")
+    ] = False,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help='Text after the picture, {} being the question. Default: "{} Answer: ".'),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer. Default: NAME's, or 100.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask in ChatML.")] = False,
+    shard: Annotated[
+        str | None, typer.Option(help="I/N: answer this part of the questions, and score nothing.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions in one pass.")] = 1,
+    worst: Annotated[int, typer.Option(min=1, help="Cases on the page.")] = 60,
+    device: DeviceOption = None,
+    dtype: DTypeOption = None,
+    allow_pickle: PickleOption = False,
+    list_all: Annotated[
+        bool, typer.Option("--list", help="Print data sets, the files they need, and metrics.")
+    ] = False,
+) -> None:
+    """Score a model, or answers that are there already, on a data set."""
+    if list_all:
+        _print_list(root or Path())
+        return
+    if (name is None) == (data is None):
+        raise typer.BadParameter("give NAME or --data (--list prints the names)")
+    if (checkpoint is None) == (predictions is None):
+        raise typer.BadParameter("give --checkpoint or --predictions")
+    if out is None:
+        raise typer.BadParameter("give --out, a folder for answers and scores")
+
+    from monkey_model.evaluation.evaluate import (
+        WORST,
+        claim_folder,
+        file_hash,
+        parse_shard,
+        score,
+        write_results,
+    )
+    from monkey_model.evaluation.records import check_metrics, read_predictions, read_records
+    from monkey_model.evaluation.worst_page import build_worst_page
+
+    try:
+        known = None if name is None else _data_set(name)
+        part = None if shard is None else parse_shard(shard)
+        if part is not None and checkpoint is None:
+            raise ValueError("--shard is for --checkpoint: predictions are scored at once")
+        if known is not None:
+            for option, given in (("--annotations", annotations), ("--prompt", prompt),
+                                  ("--image-pattern", image_pattern)):  # fmt: skip
+                if given is not None:
+                    raise ValueError(f"{option} is for --data; {known.name} has its own")
+            root = root or Path()
+            data = root / known.data
+            annotations = None if known.annotations is None else root / known.annotations
+        if prompt is not None and "{}" not in prompt:
+            raise ValueError(f"--prompt must have a place {{}} for the question; got {prompt!r}")
+        assert data is not None
+        metrics = _metrics([*(known.metrics if known else ()), *(metric or ())])
+        records = read_records(
+            data,
+            annotations=annotations,
+            image_root=root,
+            image_pattern=image_pattern,
+            number_lines=number_lines,
+        )
+        check_metrics(metrics, records)
+
+        settings: dict[str, Any] = {"data_set": name, "data": str(data)}
+        settings["data_sha256"] = file_hash(data)
+        if annotations is not None:
+            settings |= {"annotations": str(annotations)}
+            settings["annotations_sha256"] = file_hash(annotations)
+        if predictions is not None:
+            answers, asked = read_predictions(predictions, records), len(records)
+            settings |= {"predictions": str(predictions)}
+            settings["predictions_sha256"] = file_hash(predictions)
+            claim_folder(out, settings)
+        else:
+            assert checkpoint is not None
+            from monkey_model.evaluation.datasets import PROMPT
+
+            target_dtype = str(default_dtype(dtype, usable_device(device))).removeprefix("torch.")
+            settings |= {
+                "checkpoint": str(checkpoint.resolve()),
+                "dtype": target_dtype,
+                "prompt": prompt or (known.prompt if known else PROMPT),
+                "chat": chat,
+                "max_new_tokens": max_new_tokens or (known.max_new_tokens if known else 100),
+            }
+            claim_folder(out, settings)
+            answers, asked = _ask(
+                records,
+                out,
+                checkpoint,
+                settings,
+                shard=part,
+                batch_size=batch_size,
+                device=device,
+                allow_pickle=allow_pickle,
+            )
+        title = name or data.name
+        content = None
+        if len(answers) == asked and part is None:
+            scored = score(records, answers, metrics)
+            page = build_worst_page(scored, shown(title), settings, worst)
+            content = write_results(out, scored, settings, page)
+    except (OSError, RuntimeError, TypeError, ValueError) as error:  # RuntimeError: out of memory
+        report(str(error))
+        raise typer.Exit(2) from None
+    if len(answers) < asked:
+        report(f"{asked - len(answers)} of {asked} questions were not answered")
+        raise typer.Exit(1)
+    if content is None:
+        say(err_console, f"{asked} questions answered. Score all without --shard.")
+        return
+    _print_scores(title, content)
+    say(err_console, f"{shown(str(out / WORST))} has the worst cases")

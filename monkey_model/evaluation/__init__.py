@@ -1,0 +1,1 @@
+"""Scoring answers and comparing models: ``monkey evaluate`` and ``monkey compare``."""

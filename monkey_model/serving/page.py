@@ -1,0 +1,41 @@
+"""Pages of HTML that need nothing else: a template, the style that all share, data in JSON."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from importlib.resources import files
+from typing import Any
+
+from PIL import Image
+
+
+def build_page(package: str, template: str, data: Any) -> str:
+    """The page as HTML.
+
+    Args:
+        package: of monkey_model, that has the template.
+        template: its file, with ``{{STYLE}}`` at the beginning of a style element, and ``{{DATA}}``
+            in a script element of JSON.
+        data: what JSON can hold.
+    """
+    folder = files("monkey_model")
+    page = (folder / package / template).read_text(encoding="utf-8")
+    style = (folder / "serving" / "page.css").read_text(encoding="utf-8")
+    head, tail = page.replace("{{STYLE}}", style).split("{{DATA}}")
+    # In a script element only "<" could end the data.
+    return head + json.dumps(data).replace("<", "\\u003c") + tail
+
+
+def data_url(image: Image.Image, kind: str, **options: Any) -> str:
+    """A picture in an address.
+
+    Args:
+        image: the picture.
+        kind: ``"JPEG"`` or ``"PNG"``.
+        options: of Pillow's writer.
+    """
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
