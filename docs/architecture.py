@@ -37,7 +37,7 @@ _ACROSS = {
     "encoder": 6.9,
     "freeze": 9.6,
 }
-_WIDTH, _HEIGHT, _STOREY = 2.3, 0.9, 1.45
+_WIDTH, _HEIGHT, _STOREY = 2.3, 0.96, 1.45
 _MIDDLE, _WHOLE = 5.15, 11.2  # of what goes from wall to wall
 _DIRECT, _INDIRECT, _ROOM, _FLOOR = "#1f4e79", "#c3cfdc", "#eef4fa", "#f4f1e8"
 
