@@ -8,6 +8,8 @@
   batched products, and ``F.scaled_dot_product_attention``.
 - Preprocessing by other packages, where they are installed.
 
+A result is held to the first of these before it is timed.
+
 Source: upstream ``monkey_model/visual.py``.
 """
 
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import numpy as np
@@ -318,3 +320,42 @@ def why_missing(provider: str) -> str | None:
     except Exception as error:  # a build for another torch raises anything
         return f"{module} cannot be imported: {type(error).__name__}: {error}"
     return None
+
+
+# ---- the same result, or no time --------------------------------------------------------------
+
+_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
+
+
+def relative_l2(out: Tensor, expected: Tensor) -> float:
+    return ((out.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def assert_same(
+    outs: Iterable[Tensor],
+    expected: Iterable[Tensor],
+    info: dict[str, Any],
+    exact: Callable[[], Iterable[Tensor]] | None = None,
+) -> None:
+    """The relative L2 difference of all values goes into ``info``, and is held to the dtype's.
+
+    With ``exact``, which computes the same in float32, results of a half precision are held to it
+    instead: ours may be twice as far off as the baseline, and one rounding. Gradients need this,
+    for which no fixed bound suits every size.
+    """
+
+    def flat(tensors: Iterable[Tensor]) -> Tensor:
+        return torch.cat([x.detach().flatten() for x in tensors])
+
+    out, right = flat(outs), flat(expected)
+    error = relative_l2(out, right)
+    info["relative L2 against upstream"] = error
+    if exact is None or out.dtype == torch.float32:
+        limit = _TOLERANCE[out.dtype]
+        assert error <= limit, f"relative L2 {error:.1e} is above {limit:.1e}"
+        return
+    truth = flat(exact())
+    error, baseline = relative_l2(out, truth), relative_l2(right, truth)
+    info["relative L2 against float32"] = error
+    limit = 2 * baseline + torch.finfo(out.dtype).eps
+    assert error <= limit, f"relative L2 {error:.1e} against float32 is above {limit:.1e}"

@@ -14,13 +14,14 @@ import torch
 from torch import nn
 
 from benchmarks.baselines import (
+    assert_same,
     library_encoder,
     upstream_block,
     upstream_crop_tokens,
     upstream_resampler,
     upstream_tokens,
 )
-from benchmarks.timing import assert_same, compiled_on_gpu, measure, on_gpu
+from benchmarks.timing import compiled_on_gpu, measure, on_gpu
 from benchmarks.workloads import (
     BLOCK_FLOP,
     CROPS,
@@ -95,7 +96,7 @@ def test_encoder(benchmark, encoder, images, provider):
         tokens = images * CROPS * QUERIES * OUT_WIDTH
         measure(
             benchmark, providers, provider, inputs, check=assert_same,
-            dtype=dtype, flop=images * CROPS * CROP_FLOP,
+            flop=images * CROPS * CROP_FLOP,
             bytes_moved=parameter_bytes(encoder) + inputs[0].nbytes + tokens * dtype.itemsize,
         )  # fmt: skip
 
@@ -128,7 +129,7 @@ def test_published_depth(benchmark, encoder, provider):
         crops = [random_crops(1, dtype)[:1]]
         flop = PUBLISHED_LAYERS * BLOCK_FLOP + RESAMPLER_FLOP
         measure(
-            benchmark, providers, provider, crops, check=assert_same, fewest=1, dtype=dtype,
+            benchmark, providers, provider, crops, check=assert_same,
             flop=flop,
         )  # fmt: skip
 
@@ -189,5 +190,5 @@ def test_training_step(benchmark, encoder, provider):
     with _without_dropout(encoder):
         measure(
             benchmark, providers, provider, inputs, check=partial(assert_same, exact=in_float32),
-            dtype=dtype, flop=2 * crops * CROP_FLOP,  # the frozen weights have no gradient
+            flop=2 * crops * CROP_FLOP,  # the frozen weights have no gradient
         )  # fmt: skip

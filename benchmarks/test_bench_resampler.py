@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks.baselines import flash_attention, library_resampler, upstream_resampler
-from benchmarks.timing import assert_same, compiled_on_gpu, measure, skip_extras
+from benchmarks.baselines import assert_same, flash_attention, library_resampler, upstream_resampler
+from benchmarks.timing import compiled_on_gpu, measure, skip_extras
 from benchmarks.workloads import (
     CROPS,
     DEVICE,
@@ -86,7 +86,7 @@ def test_resampler(benchmark, encoder, provider):
         weights = parameter_bytes(encoder.attn_pool) + encoder.proj.nbytes
         out = CROPS * QUERIES * OUT_WIDTH * dtype.itemsize
         measure(
-            benchmark, forms, provider, tokens, check=assert_same, dtype=dtype,
+            benchmark, forms, provider, tokens, check=assert_same,
             flop=CROPS * RESAMPLER_FLOP, bytes_moved=weights + tokens[0].nbytes + out,
         )  # fmt: skip
 
@@ -114,7 +114,7 @@ def test_resampler_training(benchmark, encoder, provider):
     benchmark.group = f"resampler training, {crops} crop(s): {name}"
     measure(
         benchmark, forms, provider, inputs, check=partial(assert_same, exact=in_float32),
-        dtype=dtype, flop=2 * crops * RESAMPLER_FLOP,
+        flop=2 * crops * RESAMPLER_FLOP,
     )  # fmt: skip
 
 
@@ -164,7 +164,7 @@ def test_attention(benchmark, crops, provider, direction):
     inputs = [make_inputs() for _ in range(INPUTS)]
     if direction == "forward":
         measure(
-            benchmark, forms, provider, inputs, check=assert_same, dtype=dtype,
+            benchmark, forms, provider, inputs, check=assert_same,
             flop=2 * product, bytes_moved=size,
         )  # fmt: skip
         return
@@ -187,7 +187,7 @@ def test_attention(benchmark, crops, provider, direction):
 
     measure(
         benchmark, backwards, provider, range(INPUTS),
-        check=partial(assert_same, exact=in_float32), dtype=dtype,
+        check=partial(assert_same, exact=in_float32),
         # The output and its gradient are read, three gradients are written.
         flop=5 * product, bytes_moved=2 * size + out_grad.nbytes,
     )  # fmt: skip

@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 
-from benchmarks.baselines import block_banks, library_block, upstream_block
-from benchmarks.timing import assert_same, measure, skip_extras
+from benchmarks.baselines import assert_same, block_banks, library_block, upstream_block
+from benchmarks.timing import measure, skip_extras
 from benchmarks.workloads import (
     BLOCK_FLOP,
     CROPS,
@@ -81,6 +81,6 @@ def test_block(benchmark, encoder, provider):
     benchmark.group = f"ViT block, {CROPS} crops: {name}"
     with torch.inference_mode():
         measure(
-            benchmark, providers, provider, inputs, check=assert_same, dtype=dtype,
+            benchmark, providers, provider, inputs, check=assert_same,
             flop=CROPS * BLOCK_FLOP, bytes_moved=parameter_bytes(block) + 2 * inputs[0].nbytes,
         )  # fmt: skip

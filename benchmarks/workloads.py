@@ -41,8 +41,10 @@ REAL_CONFIG = dict(PUBLISHED_CONFIG)
 PUBLISHED_LAYERS = 48
 LAYERS = PUBLISHED_LAYERS if DEVICE.type == "cuda" else 2
 DTYPES = ["bfloat16"] if DEVICE.type == "cuda" else ["float32", "bfloat16"]
+if DEVICE.type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
+    DTYPES = ["float32"]  # bfloat16 is emulated there, many times slower
 #: Without AMX a CPU's bfloat16 is the slower one. What is measured in one dtype is in the faster.
-FASTEST = DTYPES[-1] if DEVICE.type == "cuda" or torch.cpu._is_amx_tile_supported() else DTYPES[0]
+FASTEST = DTYPES[-1 if torch.cpu._is_amx_tile_supported() else 0]
 
 if SCALE == "tiny":
     PHOTO_SIZES = {name: (h // 8, w // 8) for name, (h, w) in PHOTO_SIZES.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.report import Run
+from benchmarks.record import Run
 from tests.helpers.benchmark_runs import ROWS, write_run
 
 

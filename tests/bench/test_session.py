@@ -1,4 +1,4 @@
-"""A run of the benchmarks: its order, its end before time, and what it keeps."""
+"""A run of the benchmarks: its order, and what it keeps."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from benchmarks import record
-from benchmarks.report import ROOT, Run
-from benchmarks.workloads import FASTEST
+from benchmarks.record import ROOT, Run
 from tests.helpers.benchmark_runs import python
 
 ROWS = """
@@ -22,86 +21,43 @@ import pytest
 
 elsewhere = pytest.param("elsewhere", marks=pytest.mark.skipif(True, reason="not here"))
 
-@pytest.mark.parametrize("provider", ["upstream", elsewhere, "ours", "stopped", "last"])
+@pytest.mark.parametrize("provider", ["upstream, compiled", "upstream", elsewhere, "ours", "bad"])
 def test_row(benchmark, provider):
     benchmark.group = "sleep"
 
     def timed():
-        if provider == "stopped":
-            signal.raise_signal(signal.SIGALRM)  # as at the end of the time
-        if provider == "last":
+        if provider == "bad":
+            raise ValueError("wrong")
+        if provider == "upstream, compiled":
             {last}
 
     benchmark.pedantic(timed)
 """
 
 
-def run_rows(folder, last="pass", with_json=False, **environment):
-    (folder / "test_rows.py").write_text(ROWS.format(last=last))
+@pytest.mark.parametrize(
+    "last, code, with_json",
+    [("pass", pytest.ExitCode.TESTS_FAILED, False),
+     ("raise KeyboardInterrupt", pytest.ExitCode.INTERRUPTED, False),
+     ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL, True)],
+)  # fmt: skip
+def test_a_run_that_is_cut_short_keeps_its_rows(tmp_path, last, code, with_json):
+    """Compiled rivals are last, failures and what did not run are named."""
+    (tmp_path / "test_rows.py").write_text(ROWS.format(last=last))
     plugins = ["-p", "no:cacheprovider", "-p", "benchmarks.conftest"]
     command = [sys.executable, "-m", "pytest", *plugins, "test_rows.py", "--benchmark-only"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    command += ["--benchmark-json=.benchmarks/run.json"] * with_json
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    path = folder / ".benchmarks" / "run.json"
-    return done, Run(path) if path.exists() else None
-
-
-@pytest.mark.parametrize(
-    "last, code",
-    [("raise KeyboardInterrupt", pytest.ExitCode.INTERRUPTED),
-     ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL)],
-)  # fmt: skip
-def test_a_run_that_is_cut_short_keeps_its_rows(tmp_path, last, code):
-    (tmp_path / ".benchmarks").mkdir()
-    done, run = run_rows(tmp_path, last, with_json=True)
+    command += ["--benchmark-json=some/folder.json"] * with_json
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == code, done.stdout + done.stderr
-    assert [row.provider for row in run.rows] == ["ours", "upstream"]
-    assert "4 rows to go] test_row[ours]" in done.stdout
-    assert "1 rows to go] test_row[last]" in done.stdout  # one that cannot run was none of them
-    if code == pytest.ExitCode.INTERRUPTED:
-        assert run.data["not_run"][1]["reason"] == "no time left: stopped"
-        assert "| sleep | upstream |" in done.stdout and "2 rows are in .benchmarks" in done.stdout
-        assert "| test_row | 1 | no time left: stopped |" in done.stdout
-
-
-def test_a_run_without_time_starts_nothing_and_says_so(tmp_path):
-    done, run = run_rows(tmp_path, MONKEY_BENCHMARK_SECONDS="0")
-    assert done.returncode == 0 and run is None
-    assert "| test_row | 5 | no time left |" in done.stdout
-
-
-@pytest.fixture(scope="module")
-def order():
-    command = ["-m", "pytest", "benchmarks", "--collect-only", "-q", "-p", "no:cacheprovider"]
-    done = python(*command)
-    assert done.returncode == 0, done.stdout
-    return [line.partition("::")[2] for line in done.stdout.splitlines() if "::" in line]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has other rows")
-def test_the_most_telling_rows_come_first(order):
-    assert order[0] == "test_one_photo[4000x3000-bilinear-ours]"
-
-    def place(name):
-        return order.index(name)
-
-    slower = {"float32": "bfloat16", "bfloat16": "float32"}[FASTEST]
-    first = [
-        "test_one_photo[4000x3000-bicubic-ours]",
-        "test_training_memory[ours]",
-        "test_training_step[ours, checkpointed]",
-        f"test_resampler[{FASTEST}-ours]",
-        f"test_block[{FASTEST}-ours]",
-        f"test_encoder[{FASTEST}-1-ours]",
-        f"test_encoder[{FASTEST}-1-upstream]",
-        f"test_published_depth[{FASTEST}-ours]",
-        "test_one_photo[640x480-bicubic-ours]",
-        "test_cold_start[upstream]",
-        f"test_encoder[{slower}-1-ours]",
-        f"test_block[{FASTEST}-upstream, compiled]",
-    ]
-    assert sorted(first, key=place) == first
+    run = Run(tmp_path / ("some/folder.json" if with_json else ".benchmarks/run.json"))
+    compiled = ["upstream, compiled"] * (last == "pass")
+    assert [row.provider for row in run.rows] == ["upstream", "ours", *compiled]
+    reasons = {entry["name"]: entry["reason"] for entry in run.data["not_run"]}
+    assert reasons == {"test_row[elsewhere]": "not here", "test_row[bad]": "ValueError: wrong"}
+    if code != -signal.SIGKILL:
+        assert "| sleep | ours | " in done.stdout
+        assert "| test_row[bad] | 1 | failed: ValueError: wrong |" in done.stdout
 
 
 def test_a_benchmark_run(tmp_path):
@@ -114,7 +70,7 @@ def test_a_benchmark_run(tmp_path):
     run = Run(path)
     assert {row.group for row in run.rows} == {"decode: 640x480 JPEG"}
     ours = next(row for row in run.rows if row.provider == "ours")
-    assert ours.info["against"] == "upstream" and ours.info["speed"]["median"] > 0
+    assert ours.info["against"] == "upstream" and ours.info["baseline"]["median"] > 0
     assert ours.info["share of values off"] == 0
     reasons = {entry["name"]: entry["reason"] for entry in run.data["not_run"]}
     if not torch.cuda.is_available():

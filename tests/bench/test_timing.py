@@ -1,15 +1,15 @@
-"""What is timed, in what time, and what is refused; all clocks are made up."""
+"""What is timed, beside what, and what is refused; all clocks are made up."""
 
 from __future__ import annotations
 
-import time
+import functools
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import timing
-from benchmarks.timing import Budget, assert_same
+from benchmarks.baselines import assert_same
 
 
 class Clock:
@@ -22,64 +22,32 @@ class Clock:
         return self.now
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=clock))
-    monkeypatch.setattr(timing, "BUDGET", Budget(540, rows=60, clock=clock))
-    monkeypatch.setattr(timing, "_SECONDS", 1.0)
-    monkeypatch.setattr(timing, "_FEWEST", 2)
-    monkeypatch.setattr(timing, "_MOST", 30)
-    return clock
-
-
-def test_a_row_has_its_share_of_what_is_left(clock):
-    budget = timing.BUDGET
-    assert budget.left() == 540 and budget.rounds(0.1, 2) == 10  # a second's worth
-    assert budget.rounds(1e-6, 2) == 30
-    assert budget.rounds(9.0, 2) == 2  # two shares of 9 s
-    assert budget.rounds(9.1, 2) == 1
-    clock.now += 537  # a share of 0.05 s
-    assert budget.left() == 3 and budget.rounds(0.01, 2) == 5
-    assert budget.rounds(0.06, 2) == 1
-    budget.rows = 1
-    assert budget.rounds(0.06, 2) == 17
-
-
-def test_a_row_that_takes_too_much_is_not_started(clock):
-    timing.BUDGET.check(135)
-    with pytest.raises(pytest.skip.Exception, match="no time left: it takes 136 s or more on"):
-        timing.BUDGET.check(136)
-    clock.now += 540
-    with pytest.raises(pytest.skip.Exception, match=r"^no time left$"):
-        timing.BUDGET.check()
-
-
 class Recorder:
     """pytest-benchmark's fixture, as far as ``measure`` uses it."""
 
-    disabled = False
+    def __init__(self, timer):
+        self.timer, self.extra_info, self.data, self.stats = timer, {}, [], {}
 
-    def __init__(self, clock):
-        self.clock = clock
-        self.extra_info = {}
-        self.data = []
-        self.stats = SimpleNamespace(stats=self)
-
-    def pedantic(self, call, setup=None, rounds=1):
+    def pedantic(self, target, setup=None, rounds=1):
         for _ in range(rounds):
-            if setup:
-                setup()
-            start = self.clock()
-            call()
-            self.data.append(self.clock() - start)
+            setup()
+            start = self.timer()
+            target()
+            self.data.append(self.timer() - start)
+        self.stats["median"] = timing.spread(self.data)["median"]
 
 
 @pytest.fixture
-def measured(clock):
-    """Times ``ours``, which takes a second, against an ``upstream`` that takes three."""
+def measured(monkeypatch):
+    """A function that measures "ours", 1 s a call, against "upstream", 3 s: its row."""
+    clock = Clock()
+    monkeypatch.setattr(timing, "timer", clock)
+    monkeypatch.setattr(timing, "_SECONDS", 8.0)
+    monkeypatch.setattr(timing, "_FEWEST", 2)
+    monkeypatch.setattr(timing, "make_cold", lambda asleep=True: None)
+    monkeypatch.setattr(timing, "DEVICE", torch.device("cpu"))
 
-    def run(ours, name="ours", **settings):
+    def run(ours, name="ours", seconds=1.0):
         recorder = Recorder(clock)
 
         def provider(function, seconds):
@@ -89,38 +57,28 @@ def measured(clock):
 
             return call
 
-        providers = {"upstream": provider(lambda x: 2 * x, 3), "ours": provider(ours, 1)}
-        inputs = [torch.ones(4)]
-        timing.measure(recorder, providers, name, inputs, check=assert_same, **settings)
+        providers = {"upstream": provider(lambda x: 2 * x, 3.0), "ours": provider(ours, seconds)}
+        timing.measure(recorder, providers, name, [torch.ones(4)], check=assert_same)
         return recorder
 
     return run
 
 
-on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="timed by CUDA events there")
-
-
-@on_cpu
-def test_speed_is_of_rounds_that_take_turns(measured):
-    recorder = measured(lambda x: x + x)
-    assert recorder.data == [1.0, 1.0]
-    assert recorder.extra_info == {
+def test_a_row_has_the_baseline_of_its_rounds(measured):
+    row = measured(lambda x: x + x)
+    assert row.data == [1.0, 1.0]  # what 8 s hold
+    assert row.extra_info == {
         "relative L2 against upstream": 0.0,
         "against": "upstream",
-        "speed": {"median": 3.0, "q1": 3.0, "q3": 3.0},
+        "baseline": {"median": 3.0, "q1": 3.0, "q3": 3.0},
     }
+    alone = measured(lambda x: x + x, "upstream")
+    assert alone.data == [3.0] * 3 and "baseline" not in alone.extra_info
 
 
-@on_cpu
-def test_a_slow_machine_starts_fewer_rows(measured, clock, monkeypatch):
-    """Upstream and ours, once for the check and once for a round: 4 times the arithmetic."""
-    monkeypatch.setattr(timing, "cpu_flops", {torch.float32: 1e9, torch.bfloat16: 1e8}.get)
-    assert measured(lambda x: x + x, flop=15e9).data
-    begin = clock.now
-    for provider in ("ours", "upstream"):  # nor the baseline alone
-        with pytest.raises(pytest.skip.Exception, match="no time left: it takes 600 s or more"):
-            measured(lambda x: x + x, provider, flop=15e9, dtype=torch.bfloat16)
-    assert clock.now == begin
+def test_what_takes_long_has_one_round(measured):
+    assert measured(lambda x: x + x, seconds=4.0).data == [4.0] * 2
+    assert measured(lambda x: x + x, seconds=20.0).data == [20.0]
 
 
 def test_a_wrong_result_is_not_timed(measured, monkeypatch):
@@ -146,8 +104,15 @@ def test_gradients_of_half_precision_are_judged_against_float32():
         assert_same([1.01 * exact], [exact], {}, lambda: pytest.fail("computed"))
 
 
-def test_a_gpu_sleeps_while_the_host_runs_ahead(monkeypatch):
-    """Read, not written, the cache's contents need no write-back inside the timed interval."""
+# ---- a GPU's, with its calls logged ------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """What of ``torch.cuda`` the clocks use, on a device that is not there: the log of its calls.
+
+    An event is stamped with how many calls were logged before it.
+    """
     log = []
 
     class Event:
@@ -155,23 +120,73 @@ def test_a_gpu_sleeps_while_the_host_runs_ahead(monkeypatch):
             assert enable_timing
 
         def record(self):
+            self.stamp = len(log)
             log.append("event")
 
+        def synchronize(self):
+            log.append("wait for event")
+
         def elapsed_time(self, end):
-            return 2.0
+            return 1e3 * (end.stamp - self.stamp)
 
-    class Flush:
-        def sum(self):
-            log.append("read")
+    def logs(what):
+        return lambda *_, **__: log.append(what)
 
-    monkeypatch.setattr(timing.torch, "zeros", lambda *_, **__: Flush())
+    flush = SimpleNamespace(sum=logs("read"))
+    monkeypatch.setattr(timing, "_flush", lambda: flush)
+    monkeypatch.setattr(timing, "DEVICE", torch.device("cuda"))
+    monkeypatch.setattr(timing, "timer", timing.DeviceTime)
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("sleep"))
-    ticks = iter(range(100))
-    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
-    device, host = timing.event_times([lambda: log.append("a"), lambda: log.append("b")], 2)
-    once = [["wait", "read", "sleep", "event", call, "event"] for call in "ab"]
-    assert log == [*once[0], *once[1], *once[0], *once[1], "wait"]
-    assert device == [[2e-3] * 2] * 2 and host == [[1.0] * 2] * 2
-    assert timing.time is not time
+    monkeypatch.setattr(torch.cuda, "synchronize", logs("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", logs("sleep"))
+    return log
+
+
+def test_a_gpu_sleeps_while_the_host_runs_ahead(gpu):
+    """Read, not written, the cache's contents need no write-back inside the timed interval."""
+    seconds, result = timing.timed(lambda: gpu.append("call") or 7)
+    assert gpu == ["wait", "read", "sleep", "event", "call", "event", "wait for event"]
+    assert (seconds, result) == (2.0, 7)
+
+
+def test_a_user_waits_for_the_launches_too(gpu):
+    assert timing._as_called(lambda: gpu.append("call")) > 0
+    assert gpu == ["wait", "read", "wait", "call", "wait"]
+
+
+def test_kernels_alone_in_a_graph(gpu, monkeypatch):
+    """Warmed up on the stream that is captured; what cannot be captured says why."""
+
+    class Graph:
+        def replay(self):
+            gpu.append("replay")
+
+    class Stream:
+        pass
+
+    class Block:
+        def __init__(self, name, stream):
+            assert isinstance(stream, Stream)
+            self.name = name
+
+        def __enter__(self):
+            gpu.append(f"{self.name}:")
+
+        def __exit__(self, *_):
+            gpu.append("end")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", functools.partial(Block, "warm up"))
+    monkeypatch.setattr(torch.cuda, "graph", lambda _, stream: Block("capture", stream))
+    found = timing._graphed(lambda: gpu.append("call"), 1)
+    assert gpu[:6] == ["warm up:", "call", "end", "capture:", "call", "end"]
+    assert gpu[6:] == ["wait", "read", "sleep", "event", "replay", "event", "wait for event"]
+    assert found == {"median": 2.0, "q1": 2.0, "q3": 2.0}
+
+    def waits():
+        if gpu[-1] == "capture:":
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    reason = "not captured: operation not permitted when stream is capturing"
+    assert timing._graphed(waits, 1) == reason

@@ -12,7 +12,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from benchmarks.report import ROOT
+from benchmarks.record import ROOT
 from monkey_model.freeze import freeze
 from monkey_model.patching import patch_visual, unpatch_visual
 from monkey_model.training.peft_presets import lora_config
