@@ -56,7 +56,7 @@ def is_tool(module: str) -> bool:
     """Whether it is for developers: ahead-of-time compilation, benchmarks, tests, docs."""
     parts = module.split(".")
     outside = parts[0] in ("benchmarks", "tests", "docs", "examples")
-    return outside or module == "monkey_kernels.aot" or parts[-1] == "aot_cases"
+    return outside or parts[-1] in ("aot", "aot_analysis", "aot_cases")
 
 
 def listed(offending: list[Import]) -> str:

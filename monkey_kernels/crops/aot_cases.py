@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
 from typing import Any
 
-from monkey_kernels.aot import AotCase
+import torch
+
+from monkey_kernels.aot import AotCase, Workload
+from monkey_kernels.aot_analysis import Launch
 from monkey_kernels.crops.cut_kernel import cut_kernel
 from monkey_kernels.crops.filter_kernel import first_pass_kernel, second_pass_kernel, taps_kernel
-from monkey_kernels.crops.parameters import CUT, FILTERS, TAPS_BLOCK
+from monkey_kernels.crops.parameters import (
+    CUT,
+    FILTERS,
+    SCRATCH_BYTES,
+    TAPS_BLOCK,
+    FilterParameters,
+)
+from monkey_kernels.crops.plan import Layout, make_plan, most_taps
+from monkey_kernels.crops.reference import filter_weights, place
 from monkey_kernels.tuning import shipped
 
 
@@ -58,3 +71,48 @@ def aot_cases() -> list[AotCase]:
 
 def _shipped(kernel: str) -> Any:
     return shipped(f"extract_crops_{kernel}", FILTERS[kernel]).items()
+
+
+PHOTOS = {"640x480": (480, 640), "1600x1200": (1200, 1600), "4000x3000": (3000, 4000)}
+CANVAS = (896, 896)  # height, width
+
+
+def workloads() -> list[Workload]:
+    """One photo to five bf16 crops. None of these is so tall that its columns come first."""
+    cases = {case.name.removesuffix(" (default)"): case for case in aot_cases()}
+    first, second = FILTERS["first_pass"], FILTERS["second_pass"]
+    blocks = -(-3 * 448**2 // CUT.block)
+
+    def launch(name: str, programs: int, trips: tuple[float | None, ...] = (), *,
+               detail: str = "", dearest: bool = True) -> tuple[AotCase, Launch]:  # fmt: skip
+        case = replace(cases[f"extract_crops {name}"], name=name + detail)
+        return case, Launch(programs, trips, dearest=dearest)
+
+    found = []
+    for (photo, size), interpolation, fit in itertools.product(
+        PHOTOS.items(), ("bilinear", "bicubic"), ("stretch", "crop")
+    ):
+        source, target = place(*size, CANVAS, fit)
+        layout = Layout(*size, 3 * size[1], 3, 1, 0)
+        tiles = (first.block_m, first.block_n), (second.block_m, second.block_n)
+        plan = make_plan([layout], torch.uint8, CANVAS, interpolation, fit, *tiles, SCRATCH_BYTES)
+        across = _steps((source.width, target.width), interpolation, first)
+        down = _steps((source.height, target.height), interpolation, second)
+        group = plan.groups[0]
+        launches = [
+            launch("first_pass", group.first_tiles, (across, None)),
+            launch("second_pass", group.second_tiles, (down, None)),
+            launch("cut", 4 * blocks, detail=" (local crops)", dearest=False),
+            launch("cut", blocks, detail=" (global crop, bicubic)"),
+        ]
+        found.append(Workload(f"{photo} {interpolation} {fit}", launches))
+    return found
+
+
+def _steps(axis: tuple[int, int], interpolation: str, p: FilterParameters) -> float:
+    """Steps of BLOCK_K that a program of a pass takes, on average."""
+    first, _ = filter_weights(*axis, interpolation)
+    end = (first + most_taps(*axis, interpolation)).clamp(max=axis[0])
+    tiles = zip(first.split(p.block_n), end.split(p.block_n), strict=True)
+    spans = [(ends[-1] - starts[0]).item() for starts, ends in tiles]
+    return sum(-(-span // p.block_k) for span in spans) / len(spans)

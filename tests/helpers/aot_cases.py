@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from monkey_kernels.aot import AotCase
+from monkey_kernels.aot import AotCase, Workload
+from monkey_kernels.aot_analysis import Launch
 
 
 @triton.jit
@@ -32,3 +33,11 @@ def aot_cases():
         case("spilling", block=128, options={"maxnreg": 96}),
         case("fp32", dtype="*fp32"),
     ]
+
+
+def workloads():
+    """Tiles of a product, as alternatives, and two calls of it."""
+    sides = (16, 32, 128)  # the last one spills
+    tiles = [case(f"side {b}", block=b, options={"maxnreg": 96}) for b in sides]
+    launches = [(tile, Launch(1000, (), 1000 * b**3)) for tile, b in zip(tiles, sides, strict=True)]
+    return [Workload("tiles", launches, sides), Workload("two calls", 2 * launches[1:2])]

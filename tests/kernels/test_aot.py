@@ -66,6 +66,18 @@ def test_the_table_and_the_problems_are_printed(results):
     assert "fp32 on sm_90: no tensor core instruction" in done.stderr
 
 
+def test_the_analysis_ranks_alternatives_and_adds_up_parts():
+    done = python("-c", WITH_TEST_KERNELS, "--ops", "test", "--analyse", "--workers", "1")
+    assert done.returncode == 0, done.stderr
+    tiles, calls = (text.splitlines() for text in done.stdout.strip().split("\n\n"))
+    assert [line.split()[1] for line in tiles[1:]] == ["16", "32", "128"]
+    # With 16 rows two warps of four compute the same.
+    assert [line.split()[6] for line in tiles[1:3]] == ["2.00x", "1.00x"]
+    assert tiles[3].endswith("spills registers to memory")
+    once, again, together = (line.split() for line in calls[1:])
+    assert once == again and float(together[2]) == pytest.approx(2 * float(once[3]), abs=0.11)
+
+
 def test_the_interpreter_is_refused():
     done = python("-m", "monkey_kernels.aot", interpret=True)
     assert done.returncode == 2
