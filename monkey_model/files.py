@@ -22,6 +22,12 @@ def check_directory(name: str, path: str | Path) -> None:
         raise FileNotFoundError(f"{name} must be a directory; got {path}")
 
 
+def check_file(name: str, path: str | Path) -> None:
+    """Raise a FileNotFoundError, which calls ``path`` by ``name``, if it is no regular file."""
+    if not os.path.isfile(path):  # a pipe could have no end, and wait for its writer
+        raise FileNotFoundError(f"{name} must be a file; got {path}")
+
+
 def check_pickle_allowed(name: str, path: Path, allow_pickle: bool) -> None:
     """Raise a ValueError, which calls what ``path`` belongs to by ``name``, if it is not asked for.
 

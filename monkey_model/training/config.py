@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from monkey_kernels.checks import check_choice, check_positive_int
+from monkey_kernels.checks import check_choice, check_number, check_positive_int
+from monkey_model.files import check_file
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -71,8 +72,49 @@ _OWN = {
 }
 
 
+#: The least value of an argument that transformers does not check, or not before the model loads.
+_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "eval_accumulation_steps": 1,
+    "torch_empty_cache_steps": 1,
+    "save_total_limit": 1,
+    "dataloader_prefetch_factor": 1,
+    "max_steps": -1,
+    "learning_rate": 0,
+    "num_train_epochs": 0,
+    "dataloader_num_workers": 0,
+    "seed": 0,
+    "data_seed": 0,
+}
+_LARGEST = 2**32 - 1  # a seed, and far more of anything else than a run can use
+_MAX_NODES = 100_000  # of a YAML file, with what its aliases repeat
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 with the floats of 1.2, where 1e-5 is a number; no key comes twice."""
+    """YAML 1.1 with the floats of 1.2, where 1e-5 is a number; no key comes twice.
+
+    A file of a few lines must not stand for a billion values, nor for itself.
+    """
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None and self._size(node, {}) > _MAX_NODES:
+            problem = f"its aliases stand for more than {_MAX_NODES} values"
+            raise yaml.composer.ComposerError(None, None, problem, node.start_mark)
+        return node
+
+    def _size(self, node: yaml.Node, sizes: dict[int, int]) -> int:
+        """Nodes below and with ``node``, each as often as it is named; ``sizes`` are known ones."""
+        if id(node) in sizes:
+            return sizes[id(node)]
+        sizes[id(node)] = _MAX_NODES + 1  # for an alias that stands for what it is in
+        children = node.value if isinstance(node, yaml.CollectionNode) else []
+        pairs = [child if isinstance(child, tuple) else (child,) for child in children]
+        size = 1 + sum(self._size(child, sizes) for pair in pairs for child in pair)
+        sizes[id(node)] = size
+        return size
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -154,6 +196,9 @@ class FinetuneConfig:
                     for kind in (get_origin(kind) or kind for kind in hints)
                 )
                 raise TypeError(f"{name} must be {expected}; got {value!r}")
+        for name, value in vars(self).items():
+            if isinstance(value, str) and (not value or "\0" in value):
+                raise ValueError(f"{name} must be a text without zero bytes; got {value!r}")
         check_choice("mode", self.mode, MODES)
         check_choice("dtype", self.dtype, DTYPES)
         if self.quantization is not None:
@@ -190,6 +235,7 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
         OSError: it cannot be read.
         ValueError: it is no YAML, or no mapping.
     """
+    check_file("config", path)
     expected = f"{path} must be YAML or JSON"
     try:
         content = _parse(Path(path).read_text(encoding="utf-8"), expected)
@@ -263,10 +309,11 @@ def training_arguments(config: FinetuneConfig) -> TrainingArguments:
             refuses.
     """
     from transformers import TrainingArguments
+    from transformers.integrations import get_reporting_integration_callbacks
 
     from monkey_model.transformers_compat import checkpointing_argument
 
-    known = {f.name: f.default for f in fields(TrainingArguments) if f.init}
+    known = {f.name: f.type for f in fields(TrainingArguments) if f.init}
     launch = launch_arguments(config.launch)
     for section, given in (("launch", launch), ("training", config.training)):
         _check_arguments(section, given, known)
@@ -282,19 +329,35 @@ def training_arguments(config: FinetuneConfig) -> TrainingArguments:
     }
     try:
         arguments = TrainingArguments(**{**RECIPE, **launch, **config.training, **own})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"training is refused: {error}") from error
+        for callback in get_reporting_integration_callbacks(arguments.report_to):
+            callback()  # says what is not installed; the Trainer makes its own
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"training is refused: {reason}") from error
+    if arguments.eval_strategy != "no" and config.eval_data is None:
+        raise ValueError("eval_data must be given with training.eval_strategy; got None")
     if arguments.fp16 and arguments.device.type == "cpu":
         raise ValueError("dtype must be bfloat16 or float32 on a CPU; got 'float16'")
     return arguments
 
 
 def _check_arguments(section: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    """``known`` are the arguments' defaults: transformers itself checks no types."""
+    """``known`` are the arguments' types: transformers itself checks none."""
     for key in given:
         if key in _OWN:
             raise ValueError(f"{section}.{key} is set by {_OWN[key]}; remove it")
     check_keys(section, given, known)
     for key, value in given.items():
-        if type(known[key]) in (int, float) and type(value) not in (int, float):
-            raise ValueError(f"{section}.{key} must be a number; got {value!r}")
+        name, hint = f"{section}.{key}", known[key]
+        kinds = {get_origin(kind) or kind for kind in (get_args(hint) or (hint,))}
+        numbers = kinds & {int, float}
+        if type(value) not in kinds | ({int} if numbers else set()):
+            words = {bool: "true or false", str: "a text", dict: "a section", list: "a list"}
+            expected = [word for kind, word in words.items() if kind in kinds]
+            expected += ["a number" if float in numbers else "a whole number"] * bool(numbers)
+            # An object of accelerate's, say.
+            raise ValueError(
+                f"{name} must be {' or '.join(expected) or 'left out of a file'}; got {value!r}"
+            )
+        if type(value) in (int, float):
+            check_number(name, value, _LEAST.get(key, -_LARGEST), most=_LARGEST)

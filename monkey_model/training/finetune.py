@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,13 @@ from transformers import (
 from transformers.integrations import unset_hf_deepspeed_config
 
 from monkey_model.checkpoint import load_model
-from monkey_model.files import atomic, atomic_directory, check_directory, writing
+from monkey_model.files import (
+    atomic,
+    atomic_directory,
+    check_directory,
+    check_file,
+    writing,
+)
 from monkey_model.freeze import FreezeReport, freeze
 from monkey_model.processing_monkey import MonkeyProcessor
 from monkey_model.training.config import FinetuneConfig, training_arguments
@@ -41,14 +46,17 @@ from monkey_model.training.conversations import (
 from monkey_model.training.peft_model import MonkeyPeftModel, adapter_weights, load_peft_model
 from monkey_model.training.peft_presets import NOT_QUANTISED, lora_config
 from monkey_model.training.run_directory import (
-    BEGUN,
     CompleteCheckpoints,
+    begin_checkpoint,
+    check_checkpoint,
     is_finished,
     mark_finished,
     only_run,
+    resuming_from,
     starting_point,
     unmark_finished,
 )
+from monkey_model.training.run_settings import run_settings
 from monkey_model.training.unfreeze import ProgressiveUnfreeze
 
 #: The flags of ``freeze`` that each mode changes.
@@ -60,7 +68,16 @@ _MODE_FLAGS = {
 
 
 class RunTrainer(Trainer):
-    """transformers' Trainer. It takes no step after the last, and names what it cannot write."""
+    """transformers' Trainer. It takes no step after the last, and names files that fail it.
+
+    Args:
+        run_settings: kept with each checkpoint.
+        args, kwargs: transformers'.
+    """
+
+    def __init__(self, *args: Any, run_settings: Mapping[str, Any], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.run_settings = run_settings
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # transformers' own trains a step before it counts them. A run that was stopped between its
@@ -74,9 +91,20 @@ class RunTrainer(Trainer):
         checkpoint = Path(str(self.args.output_dir), f"checkpoint-{self.state.global_step}")
         with writing(checkpoint):
             if self.args.should_save:
-                checkpoint.mkdir(parents=True, exist_ok=True)
-                (checkpoint / BEGUN).touch()
+                begin_checkpoint(checkpoint, self.run_settings)
             super()._save_checkpoint(*args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with resuming_from(str(checkpoint)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with resuming_from(str(checkpoint)):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with resuming_from(str(checkpoint)):
+            super()._load_rng_state(checkpoint)
 
 
 def finetune(config: FinetuneConfig, *, resume: bool = False) -> FreezeReport | None:
@@ -100,24 +128,31 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> FreezeReport | 
             already and ``resume`` is False; or another process is writing to it.
     """
     check_directory("checkpoint", config.checkpoint)
+    check_file("data", config.data)
+    if config.eval_data is not None:
+        check_file("eval_data", config.eval_data)
+    if config.image_root is not None:
+        check_directory("image_root", config.image_root)
     arguments = training_arguments(config)
-    settings = {key: value for key, value in asdict(config).items() if key != "output_dir"}
-    for name in ("checkpoint", "data", "eval_data", "image_root"):
-        if settings[name] is not None:  # the same run, however its paths are spelled
-            settings[name] = os.path.realpath(settings[name])
+    settings = run_settings(config, arguments)
     results = ["model", "loss.png", *["merged"] * config.merge]
     if resume and is_finished(config.output_dir, settings, results):
         return None
     with only_run(config.output_dir):
         start = starting_point(config.output_dir, resume)
-        report = _train(config, arguments, start)
+        if start is not None:
+            check_checkpoint(start, settings)
+        report = _train(config, arguments, settings, start)
         if arguments.should_save:
             mark_finished(config.output_dir, settings)
     return report
 
 
 def _train(
-    config: FinetuneConfig, arguments: TrainingArguments, start: Path | None
+    config: FinetuneConfig,
+    arguments: TrainingArguments,
+    settings: Mapping[str, Any],
+    start: Path | None,
 ) -> FreezeReport:
     arguments.save_total_limit, limit = None, arguments.save_total_limit
     processor = MonkeyProcessor.from_pretrained(config.checkpoint)
@@ -137,6 +172,7 @@ def _train(
         data_collator=ConversationCollator(processor.tokenizer.eod_id, processor.image_processor),
         processing_class=processor,
         callbacks=callbacks,
+        run_settings=settings,
     )
     unmark_finished(config.output_dir)  # not before: until here anything may be refused
     try:
@@ -201,7 +237,7 @@ def build_model(
             # ZeRO-3 needs one dtype for everything that trains. peft's autocast would turn LoRA,
             # and nothing else, to float32.
             model = MonkeyPeftModel(model, lora, autocast_adapter_dtype=False)
-        except TypeError as error:  # peft's message names the key.
+        except (TypeError, ValueError) as error:  # The message names the key.
             raise ValueError(f"lora is refused: {error}") from None
     try:
         report = freeze(model, **{**_MODE_FLAGS[config.mode], **config.freeze})

@@ -21,7 +21,7 @@ from typing import Any
 from peft import LoraConfig
 from torch import nn
 
-from monkey_kernels.checks import check_choice
+from monkey_kernels.checks import check_choice, check_int, check_number
 from monkey_model.visual import VisionTransformer
 
 #: The layers of each part that LoRA can wrap. peft matches a pattern against the whole name.
@@ -59,7 +59,7 @@ def lora_config(
         targets: parts to put LoRA in: ``"llm"`` (``c_attn``, ``attn.c_proj``, ``w1``, ``w2``),
             ``"resampler"`` (``kv_proj``, ``attn.out_proj``), ``"vit"`` (``in_proj``, ``out_proj``,
             ``c_fc``, ``c_proj``).
-        r: rank.
+        r: rank, at most the smaller side of the largest layer that it is put in.
         lora_alpha: peft scales LoRA's output by lora_alpha / r.
         lora_dropout: the probability of dropping an element of LoRA's input.
         train_resampler: train and save the resampler itself. With ``"resampler"`` among the targets
@@ -68,6 +68,7 @@ def lora_config(
         settings: anything else that ``peft.LoraConfig`` takes.
 
     Raises:
+        TypeError, ValueError: a rank or lora_alpha that is none.
         ValueError: an unknown target; LoRA in the resampler of upstream's own encoder, whose
             ``nn.MultiheadAttention`` reads ``out_proj.weight`` without calling ``out_proj``.
 
@@ -88,11 +89,20 @@ def lora_config(
         modules_to_save.append("attn_pool")
     if train_vit_lora:
         modules_to_save += _adapter_suffixes(model)
+    pattern = "|".join(f"(?:{TARGETS[target]})" for target in targets)
+    # A larger one adds memory and nothing that the layer could learn.
+    sides = [
+        min(module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if re.fullmatch(pattern, name) and hasattr(module, "in_features")
+    ]
+    check_int("r", r, least=1, most=max(sides, default=None))
+    check_number("lora_alpha", lora_alpha, least=0)
     return LoraConfig(
         r=r,
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
-        target_modules="|".join(f"(?:{TARGETS[target]})" for target in targets),
+        target_modules=pattern,
         modules_to_save=modules_to_save or None,
         **settings,
     )

@@ -18,24 +18,35 @@ import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
-from monkey_model.files import atomic, flush, read_json, writing
+from monkey_model.files import (
+    UNREADABLE_PICKLE,
+    atomic,
+    flush,
+    list_problems,
+    read_json,
+    writing,
+)
+from monkey_model.training.run_settings import check_same_run
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: Written into a checkpoint directory before everything else: what has neither mark is not ours.
+#: Written into a checkpoint directory before everything else: what has neither mark is not ours. It
+#: holds the settings of the run.
 BEGUN = "begun"
-#: Written into a checkpoint directory when everything else is in it.
+#: Written into a checkpoint directory when everything else is in it, whose sizes it holds.
 COMPLETE = "complete"
 #: What a run leaves besides checkpoints.
 RESULTS = ("model", "merged", "loss.png")
@@ -75,6 +86,12 @@ class CompleteCheckpoints(TrainerCallback):
     def __init__(self, limit: int | None) -> None:
         self.limit = limit
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A resumed run logs, evaluates and saves when it is told to; transformers' as before."""
+        state.compute_steps(args, state.max_steps)
+
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -85,12 +102,90 @@ class CompleteCheckpoints(TrainerCallback):
             checkpoint = Path(output_dir, f"checkpoint-{state.global_step}")
             with writing(checkpoint):
                 flush(checkpoint)
-                (checkpoint / COMPLETE).touch()
+                with (
+                    atomic(checkpoint / COMPLETE) as name,
+                    open(name, "w", encoding="utf-8") as file,
+                ):
+                    json.dump({"sizes": _sizes(checkpoint)}, file, indent=2)
             rotate_checkpoints(
                 output_dir,
                 save_total_limit=self.limit,
                 best_model_checkpoint=state.best_model_checkpoint,
             )
+
+
+def _sizes(checkpoint: Path) -> dict[str, int]:
+    """Bytes of every file of a checkpoint but its mark, by its path there."""
+    return {
+        str(path.relative_to(checkpoint)): path.stat().st_size
+        for path in sorted(checkpoint.rglob("*"))
+        if path.is_file() and path.name != COMPLETE and not path.name.startswith(".")
+    }
+
+
+def begin_checkpoint(checkpoint: Path, settings: Mapping[str, Any]) -> None:
+    """Make the directory of a checkpoint, which a run of ``settings`` writes."""
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    (checkpoint / BEGUN).write_text(
+        json.dumps({"settings": settings}, indent=2, default=str), encoding="utf-8"
+    )
+
+
+def check_checkpoint(checkpoint: Path, settings: Mapping[str, Any]) -> None:
+    """What a run of ``settings`` is to resume from is whole, and of the same run.
+
+    Raises:
+        OSError, ValueError: files that are missing, cut or damaged, or settings that differ; each
+            named.
+    """
+    from_main_process(lambda: _check_checkpoint(checkpoint, settings))
+
+
+def _check_checkpoint(checkpoint: Path, settings: Mapping[str, Any]) -> None:
+    with resuming_from(checkpoint):
+        # A mark without a list is that of an earlier version.
+        mark = checkpoint / COMPLETE
+        expected = read_json(mark)["sizes"] if mark.stat().st_size else {}
+        found = _sizes(checkpoint)
+        wrong = [
+            f"{name} ({found.get(name, 'no')} bytes in place of {size})"
+            for name, size in expected.items()
+            if found.get(name) != size
+        ]
+        if wrong:
+            raise ValueError(f"it is damaged: {list_problems(wrong, 5, ', ')}")
+        state = read_json(checkpoint / TRAINER_STATE_NAME)
+        step = _CHECKPOINT.fullmatch(checkpoint.name)
+        if step is None or state.get("global_step") != int(step[1]):
+            raise ValueError(
+                f"{TRAINER_STATE_NAME} must be of the step in the name; got global_step "
+                f"{state.get('global_step')!r}"
+            )
+        begun = checkpoint / BEGUN
+        recorded = read_json(begun)["settings"] if begun.is_file() and begun.stat().st_size else {}
+    if recorded:
+        check_same_run(checkpoint, recorded, json.loads(json.dumps(settings, default=str)))
+
+
+@contextmanager
+def resuming_from(checkpoint: str | Path) -> Iterator[None]:
+    """What a damaged file in ``checkpoint`` raises, of whatever class, names the checkpoint.
+
+    Raises:
+        ValueError: in place of it.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (*UNREADABLE_PICKLE, OSError, LookupError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        if not isinstance(error, ValueError):
+            reason = f"{type(error).__name__}: {reason}"
+        raise ValueError(
+            f"{checkpoint} cannot be resumed from: {reason}; move it away to go on from the one "
+            "before it"
+        ) from error
 
 
 @contextmanager
@@ -104,18 +199,42 @@ def only_run(output_dir: str | Path) -> Iterator[None]:
         OSError: the directory cannot be made or written to.
         ValueError: another process holds the lock.
     """
-    held: list[int] = []
-    from_main_process(lambda: held.append(_lock(Path(output_dir))))
+    directory, held = Path(output_dir), []
+    made = not directory.exists()
+    from_main_process(lambda: held.append(_lock(directory)))
     try:
         yield
     finally:
         for file in held:
+            with suppress(OSError):  # a disk that has gone away has no lock to remove
+                os.unlink(directory / LOCK)
+                if made:
+                    os.rmdir(directory)  # if the run has left nothing in it
             os.close(file)
 
 
 def _lock(directory: Path) -> int:
-    directory.mkdir(parents=True, exist_ok=True)
-    file = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        while True:
+            file = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+            _hold(file, directory)
+            # Its last holder may have removed the file since: that is a lock for nobody.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file), os.stat(directory / LOCK)):
+                    break
+            os.close(file)
+    except OSError as error:
+        raise type(error)(
+            f"output_dir must be a directory that can be written to; got {directory}: "
+            f"{error.strerror}"
+        ) from None
+    os.truncate(file, 0)
+    os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    return file
+
+
+def _hold(file: int, directory: Path) -> None:
     try:
         # Not flock: the workers of a data loader would inherit it, and outlive a killed run.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -127,7 +246,7 @@ def _lock(directory: Path) -> int:
                 directory,
                 error.strerror,
             )
-            return file
+            return
         holder = os.read(file, 200).decode(errors="replace").strip() or "another process"
         os.close(file)
         if error.errno in (errno.EACCES, errno.EAGAIN):
@@ -135,9 +254,6 @@ def _lock(directory: Path) -> int:
                 f"output_dir must have no other run; {holder} is writing to {directory}"
             ) from None
         raise
-    os.truncate(file, 0)
-    os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-    return file
 
 
 def starting_point(output_dir: str | Path, resume: bool) -> Path | None:

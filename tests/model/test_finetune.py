@@ -9,6 +9,7 @@ import json
 import math
 import os
 import resource
+import shutil
 from contextlib import contextmanager
 from dataclasses import fields
 
@@ -19,6 +20,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerState
+from transformers.integrations import integration_utils
 from typer.testing import CliRunner
 
 from monkey_model.commands.__main__ import app
@@ -74,6 +76,17 @@ def start(tmp_path_factory):
     """A checkpoint and data."""
     folder = tmp_path_factory.mktemp("start")
     return write_checkpoint(folder / "checkpoint"), write_data(folder)
+
+
+@pytest.fixture(scope="module")
+def resumable(start, tmp_path_factory):
+    """The directory of a run that had two steps."""
+    checkpoint, data = start
+    output = tmp_path_factory.mktemp("resumable") / "out"
+    training = {**TRAINING, "max_steps": 2}
+    finetune(FinetuneConfig(str(checkpoint), str(data), str(output), dtype="float32",
+                            training=training))  # fmt: skip
+    return output
 
 
 @pytest.fixture
@@ -168,6 +181,62 @@ def test_a_resumed_run_is_the_uninterrupted_one(config, tmp_path, monkeypatch):
     adapters = [load_file(tmp_path / run / "model" / "adapter_model.safetensors")
                 for run in ("whole", "broken")]  # fmt: skip
     assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+
+
+def test_a_resumed_run_is_the_same_run(config, start, tmp_path):
+    """One that would go on with what a checkpoint does not mean is refused, and changes nothing."""
+    training = {"max_steps": 2, "save_steps": 1}
+    finetune(config(training=training))
+    before = snapshot(tmp_path / "out")
+    del before[tmp_path / "out"]  # where a lock comes and goes
+    other_data = write_data(tmp_path / "other", records=8)
+    other_model = write_checkpoint(tmp_path / "model", intermediate_size=64)
+    longer = {**training, "max_steps": 4}
+    for settings, message in (
+        ({"data": str(other_data)}, r"data was \S+/data.json \(sha256 \w{8}\), and is \S+/other/"),
+        ({"checkpoint": str(other_model)}, r"checkpoint was \S+ \(sha256 \w{8}\), and is \S+/mod"),
+        ({"lora": {"r": 4}}, "lora.r was not set, and is 4$"),
+        ({"mode": "frozen"}, "mode was 'lora', and is 'frozen'$"),
+        ({"training": {**longer, "learning_rate": 1.0}}, "training.learning_rate was 0.003, and i"),
+        ({"training": {**training, "max_steps": 1}}, "training.max_steps was 2, and is 1$"),
+    ):
+        with pytest.raises(ValueError, match=f"--resume must go on with the run of .*; {message}"):
+            finetune(config(**{"training": longer, **settings}), resume=True)
+    assert {**snapshot(tmp_path / "out"), **before} == snapshot(tmp_path / "out")
+    # The same data elsewhere, and what decides on nothing that is learned.
+    moved = write_data(tmp_path / "moved")
+    free = {**longer, "save_steps": 2, "logging_steps": 2}
+    finetune(config(data=str(moved), merge=True, training=free), resume=True)
+    assert list(checkpoints(tmp_path / "out")) == [1, 2, 4]
+
+
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"]
+)
+def test_a_damaged_checkpoint_is_named(config, resumable, tmp_path, name):
+    """A file that is not there or cut is found before anything loads; another one as it loads."""
+    settings = config(training={"max_steps": 3, "save_steps": 2})
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    shutil.copytree(resumable, tmp_path / "out")
+    content = (checkpoint / name).read_bytes()
+    match = rf"^{checkpoint} cannot be resumed from: .*; move it away to go on from the one before"
+    for damaged in (None, content[:-9], b"x" * len(content)):
+        if damaged is None:
+            (checkpoint / name).unlink()
+        else:
+            (checkpoint / name).write_bytes(damaged)
+        with pytest.raises(ValueError, match=match) as caught:
+            finetune(settings, resume=True)
+        assert damaged == b"x" * len(content) or f"{name} (" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_of_another_step(config, resumable, tmp_path):
+    shutil.copytree(resumable, tmp_path / "out")
+    state = tmp_path / "out" / "checkpoint-2" / "trainer_state.json"
+    state.write_text(state.read_text().replace('"global_step": 2', '"global_step": 1'))
+    with pytest.raises(ValueError, match="must be of the step in the name; got global_step 1"):
+        finetune(config(training={"max_steps": 3}), resume=True)
 
 
 def test_a_resumed_run_may_have_nothing_to_resume_from(config, tmp_path):
@@ -422,6 +491,12 @@ def test_defaults_are_upstreams_recipe(config):
     assert FinetuneConfig("c", "d", "o").model_max_length == 2048
 
 
+def test_aliases(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("checkpoint: c\ndata: &d d\noutput_dir: o\neval_data: *d\n")
+    assert load_config(path).eval_data == "d"
+
+
 def test_config_file_settings_and_flags(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("checkpoint: c\ndata: d\noutput_dir: o\ntraining: {learning_rate: 1e-4}\n")
@@ -455,9 +530,38 @@ def test_config_file_settings_and_flags(tmp_path):
         (["freeze.fix_llama=true"], "freeze is refused: flags must be among .*; got fix_llama"),
         (["unfreeze.at=3"], "unfreeze is refused: .*at"),
         (["training.optim=none"], "training is refused: none is not a valid OptimizerNames"),
-        (["training.max_steps=x"], "training.max_steps must be a number; got 'x'"),
+        (["training.max_steps=x"], "training.max_steps must be a whole number; got 'x'"),
         (["training.learning_rate=true"], "training.learning_rate must be a number; got True"),
+        (["training.max_steps=1e400"], "training.max_steps must be a whole number; got inf"),
+        (["training.max_steps=1.5"], "training.max_steps must be a whole number; got 1.5"),
+        (["training.learning_rate=.nan"], "training.learning_rate must be at least 0 .*; got nan"),
+        (
+            ["training.gradient_accumulation_steps=0"],
+            "training.gradient_accumulation_steps must be at least 1 .*; got 0",
+        ),
+        (
+            ["training.disable_tqdm=maybe"],
+            "training.disable_tqdm must be true or false; got 'maybe'",
+        ),
+        (["training.fsdp_config=3"], "training.fsdp_config must be a text or a section; got 3"),
+        (
+            ["training.parallelism_config=3"],
+            "training.parallelism_config must be left out of a file; got 3",
+        ),
+        (["training.report_to=nothing"], "training is refused: nothing is not supported, only "),
+        (
+            ["training.eval_strategy=epoch"],
+            "eval_data must be given with training.eval_strategy; got None",
+        ),
+        (["lora.r=100000000"], "lora is refused: r must be at most 128; got 100000000"),
+        (["lora.lora_alpha=x"], "lora is refused: lora_alpha must be a number; got 'x'"),
         (["checkpoint=nowhere"], "checkpoint must be a directory; got nowhere"),
+        (["data=/dev/null"], "data must be a file; got /dev/null"),
+        (["eval_data=nowhere"], "eval_data must be a file; got nowhere"),
+        (["image_root=nowhere"], "image_root must be a directory; got nowhere"),
+        (["output_dir=/dev/null"], "output_dir must be a directory that can be written to; got /d"),
+        (['output_dir=""'], "output_dir must be a text without zero bytes; got ''"),
+        (['data="a\\0"'], r"data must be a text without zero bytes; got 'a\\x00'"),
         (["checkpoint.x=1"], "--set checkpoint.x: checkpoint is no section; got '"),
         (["novalue"], "--set must be KEY=VALUE; got 'novalue'"),
         (["lora={"], "--set lora must be a YAML value; got '{'"),
@@ -470,9 +574,34 @@ def test_bad_settings(config, settings, message, tmp_path):
         finetune(load_config(None, [*settings, "training.use_cpu=true"], flags))
 
 
+def test_a_tracker_that_is_not_installed(config, monkeypatch):
+    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: False)
+    with pytest.raises(ValueError, match=r"^training is refused: .*requires wandb to be installed"):
+        training_arguments(config(training={"report_to": "wandb"}))
+
+
+def test_a_run_that_is_refused_leaves_nothing(config, tmp_path):
+    with pytest.raises(ValueError, match="lora is refused"):
+        finetune(config(lora={"rank": 4}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_config_that_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "none.yaml", tmp_path / "pipe"):
+        with pytest.raises(FileNotFoundError, match=f"^config must be a file; got {path}$"):
+            load_config(path)
+
+
 def test_every_setting_is_documented():
     for field in fields(FinetuneConfig):
         assert f"\n        {field.name}: " in FinetuneConfig.__doc__
+
+
+#: Ten times ten times ten ... values.
+BOMB = "a0: &a0 [x]\n" + "".join(
+    f"a{n + 1}: &a{n + 1} [{', '.join([f'*a{n}'] * 10)}]\n" for n in range(9)
+)
 
 
 def test_bad_config_files(tmp_path):
@@ -488,6 +617,8 @@ def test_bad_config_files(tmp_path):
         ("data: " + "9" * 5000, "run.yaml must be YAML or JSON: Exceeds the limit"),
         ("[a]: 1", "run.yaml must be YAML or JSON: [^\n]*unhashable"),
         ("data: d", "the config must have 'checkpoint'; got data"),
+        (BOMB, "run.yaml must be YAML or JSON: its aliases stand for more than 100000 values"),
+        ("training: &t {seed: *t}", "run.yaml must be YAML or JSON: its aliases stand for more"),
     ):
         path.write_text(content)
         with pytest.raises(ValueError, match=message):

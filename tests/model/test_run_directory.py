@@ -53,8 +53,11 @@ def test_one_run_at_a_time_and_a_killed_one_leaves_no_lock(other_run, tmp_path):
 
 def test_a_second_run_is_refused_at_its_start(other_run, tmp_path):
     (tmp_path / "checkpoint-1").mkdir()  # not whole: the other run is writing it
-    paths = {name: str(tmp_path) for name in ("checkpoint", "data", "output_dir")}
-    config = FinetuneConfig(**paths, dtype="float32", training={"use_cpu": True})
+    data = tmp_path.parent / "data.json"
+    data.touch()
+    config = FinetuneConfig(
+        str(tmp_path), str(data), str(tmp_path), dtype="float32", training={"use_cpu": True}
+    )
     for resume in (True, False):
         with pytest.raises(ValueError, match=f"no other run; process {other_run} on"):
             finetune(config, resume=resume)
@@ -65,11 +68,28 @@ def test_the_lock_goes_with_the_run(tmp_path):
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt), only_run(tmp_path / "new"):
             raise KeyboardInterrupt
+        assert not (tmp_path / "new").exists()  # an empty one, or a lock, says that a run is there
     pid = os.fork()
     if pid == 0:
         with only_run(tmp_path / "new"):
             os._exit(7)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+
+
+def test_a_lock_that_its_holder_removed_is_no_lock(tmp_path, monkeypatch):
+    """The holder leaves between this process's opening of the file and its lock on it."""
+    lockf, other = fcntl.lockf, []
+
+    def late(file, operation):
+        if not other:
+            other.append(os.stat(tmp_path / LOCK).st_ino)
+            os.unlink(tmp_path / LOCK)
+        lockf(file, operation)
+
+    monkeypatch.setattr(fcntl, "lockf", late)
+    with only_run(tmp_path):
+        assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} on ")
+    assert not (tmp_path / LOCK).exists()
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
