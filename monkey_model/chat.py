@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import queue
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +102,11 @@ def prompt_ids(
     return [*start, *chain.from_iterable(reversed(turns)), *now]
 
 
+def window_size(config: GenerationConfig) -> int:
+    """The ``max_window_size`` of :func:`prompt_ids` that a model's settings ask for."""
+    return getattr(config, "max_window_size", None) or _MAX_WINDOW_SIZE
+
+
 class _EndsWith(StoppingCriteria):
     """Whether one of some sequences of ids has just been written."""
 
@@ -146,6 +151,50 @@ class _NewIds(BaseStreamer):
 
     def end(self) -> None:
         """The thread says when it is through, after an error too."""
+
+
+def stream_texts(
+    generate: Callable[..., Any], inputs: dict[str, Any], read: Callable[[list[int]], str]
+) -> Iterator[str]:
+    """What ``generate`` writes, as it grows: a text for each new token, the last of them whole.
+
+    It runs in a thread of its own, which begins when the first text is asked for, and ends with the
+    reply, or when the iterator is closed.
+
+    Args:
+        generate: of a model.
+        inputs: its arguments, of one prompt.
+        read: the text of new ids.
+    """
+    ids: queue.Queue[Any] = queue.Queue()
+    cancelled = _Cancelled()
+    criteria = StoppingCriteriaList([*inputs.get("stopping_criteria", ()), cancelled])
+    inputs = {**inputs, "stopping_criteria": criteria, "streamer": _NewIds(ids)}
+
+    def work() -> None:
+        try:
+            generate(**inputs)
+            ids.put(None)
+        except BaseException as error:
+            ids.put(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        new: list[int] = []
+        text = None
+        while (item := ids.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            new.append(item)
+            # A character of several tokens may not be whole yet.
+            text = read(new).rstrip("\ufffd")
+            yield text
+        if (reply := read(new)) != text:
+            yield reply
+    finally:
+        cancelled.event.set()
+        thread.join()
 
 
 class ChatMixin:
@@ -242,40 +291,7 @@ class ChatMixin:
             generation_config,
             {**kwargs, "logits_processor": logits_processor},
         )
-        return self._texts(tokenizer, inputs, ends)
-
-    def _texts(
-        self, tokenizer: QWenTokenizer, inputs: dict[str, Any], ends: set[int]
-    ) -> Iterator[str]:
-        ids: queue.Queue[Any] = queue.Queue()
-        cancelled = _Cancelled()
-        inputs["stopping_criteria"].append(cancelled)
-        inputs["streamer"] = _NewIds(ids)
-
-        def generate() -> None:
-            try:
-                self.generate(**inputs)
-                ids.put(None)
-            except BaseException as error:
-                ids.put(error)
-
-        thread = threading.Thread(target=generate, daemon=True)
-        thread.start()
-        try:
-            new: list[int] = []
-            text = None
-            while (item := ids.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                new.append(item)
-                # A character of several tokens may not be whole yet.
-                text = _read(tokenizer, new, ends).rstrip("\ufffd")
-                yield text
-            if (reply := _read(tokenizer, new, ends)) != text:
-                yield reply
-        finally:
-            cancelled.event.set()
-            thread.join()
+        return stream_texts(self.generate, inputs, lambda new: _read(tokenizer, new, ends))
 
     def _chat_inputs(
         self,
@@ -300,7 +316,7 @@ class ChatMixin:
         settings = dict(settings)
         window = settings.pop("max_window_size", None)
         if window is None:
-            window = getattr(config, "max_window_size", None) or _MAX_WINDOW_SIZE
+            window = window_size(config)
         if "use_cache" not in settings and (generation_config is None or config.use_cache is None):
             config.use_cache = True  # the published config.json, where it comes from, says false
         settings = config.update(**settings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from monkey_kernels.checks import check_positive_int
+from monkey_model.chat import stream_texts
 from monkey_model.checkpoint import load_model, load_processor
 from monkey_model.files import (
     check_directory,
@@ -152,6 +153,27 @@ class Answerer:
         texts = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
+    def stream(self, prompt: str, images: Sequence[Tensor], *, tags: bool = False) -> Iterator[str]:
+        """The greedy answer to a prompt as it grows: a text for each token, the last one whole.
+
+        Args:
+            prompt: such as :meth:`prompt` returns.
+            images: what :meth:`read_images` gave for its pictures.
+            tags: whether ``<ref>``, ``<box>`` and ``<quad>`` stay in the text; the last one is
+                without them what :meth:`answer` returns.
+
+        Raises:
+            ValueError: a prompt that cannot be tokenised.
+        """
+        tokenizer = self.processor.tokenizer
+        inputs = self._inputs([prompt], images)
+
+        def read(ids: list[int]) -> str:
+            words = [id_ for id_ in ids if id_ not in inputs["eos_token_id"]]
+            return str(tokenizer.decode(words, skip_special_tokens=not tags)).strip()
+
+        return stream_texts(self.model.generate, inputs, read)
+
     def generate(
         self, questions: Sequence[Question], images: Sequence[Sequence[Tensor]] | None = None
     ) -> tuple[Tensor, Any]:
@@ -161,23 +183,26 @@ class Answerer:
         """
         if images is None:
             images = [self.read_images(question) for question in questions]
-        tokenizer, device = self.processor.tokenizer, self.model.device
         prompts = [self.prompt(question) for question in questions]
-        inputs = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
-        flat = [pixels for row in images for pixels in row]
-        output = self.model.generate(
-            **inputs.to(device),
-            pixel_values=torch.cat(flat).to(device) if flat else None,
-            use_cache=True,  # the published config.json says false
-            do_sample=False,
-            num_beams=1,
-            min_new_tokens=1,
-            max_new_tokens=self.max_new_tokens,
-            pad_token_id=tokenizer.eod_id,
-            eos_token_id=[tokenizer.eod_id, tokenizer.im_end_id],
-            return_dict_in_generate=True,
-        )
+        inputs = self._inputs(prompts, [pixels for row in images for pixels in row])
+        output = self.model.generate(**inputs, return_dict_in_generate=True)
         return inputs["input_ids"], output
+
+    def _inputs(self, prompts: list[str], images: Sequence[Tensor]) -> dict[str, Any]:
+        """The arguments of ``model.generate`` for a batch of prompts with these pictures."""
+        tokenizer, device = self.processor.tokenizer, self.model.device
+        inputs = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
+        return {
+            **inputs.to(device),
+            "pixel_values": torch.cat(list(images)).to(device) if images else None,
+            "use_cache": True,  # the published config.json says false
+            "do_sample": False,
+            "num_beams": 1,
+            "min_new_tokens": 1,
+            "max_new_tokens": self.max_new_tokens,
+            "pad_token_id": tokenizer.eod_id,
+            "eos_token_id": [tokenizer.eod_id, tokenizer.im_end_id],
+        }
 
 
 def read_questions(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -107,6 +108,30 @@ def test_a_batch_is_answered_as_one_by_one(answerer, pictures):
     ]
     one_by_one = [answerer.answer([question])[0] for question in questions]
     assert answerer.answer(questions) == one_by_one and len(set(one_by_one)) > 1
+
+
+def test_a_stream_ends_with_the_answer(answerer, pictures):
+    """Text by text, and with the tags of boxes where they are asked for."""
+    question = Question("Colour?", (str(pictures / "red.png"),))
+    prompt, images = answerer.prompt(question), answerer.read_images(question)
+    texts = list(answerer.stream(prompt, images))
+    assert texts[-1] == answerer.answer([question])[0] and len(texts) > 2
+    assert all(after.startswith(before) for before, after in itertools.pairwise(texts))
+
+    tokenizer = answerer.processor.tokenizer
+    script = [*tokenizer.encode("<ref>it</ref><box>(1,2),(3,4)</box>"), tokenizer.im_end_id]
+
+    def scripted(module, args, logits):
+        logits[:, -1] = 0
+        logits[:, -1, written.pop(0)] = 9
+
+    handle = answerer.model.lm_head.register_forward_hook(scripted)
+    longer = Answerer(answerer.model, answerer.processor, max_new_tokens=64)
+    for tags, expected in ((True, tokenizer.decode(script[:-1])), (False, "it(1,2),(3,4)")):
+        written = list(script)
+        assert list(longer.stream(prompt, images, tags=tags))[-1] == expected
+        assert not written
+    handle.remove()
 
 
 def test_trained_adapters_answer_too(answerer, checkpoint, pictures, tmp_path):
