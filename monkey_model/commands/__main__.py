@@ -11,6 +11,7 @@ import typer
 
 from monkey_model.commands import (
     ask,
+    demo,
     demo_checkpoint,
     doctor,
     encode,
@@ -35,6 +36,7 @@ for command in (
     look.look,
     evaluate.evaluate,
     export.export,
+    demo.demo,
     demo_checkpoint.demo_checkpoint,
     doctor.doctor,
 ):
