@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -49,14 +49,14 @@ def ntk_alpha(lengths: Tensor, seq_length: int) -> Tensor:
     It is ``2 ** (k + 1) - 1`` for the least k >= 0 with ``length <= seq_length * 2**k``.
 
     Args:
-        lengths: tokens of each prompt, [B].
+        lengths: tokens of each prompt, of any shape.
         seq_length: tokens that need no stretch.
 
     Returns:
-        [B] float32.
+        float32, of the shape of lengths.
     """
     limits = seq_length * 2 ** torch.arange(_NTK_LEVELS, device=lengths.device)
-    level = (lengths[:, None] > limits).sum(-1)
+    level = (lengths[..., None] > limits).sum(-1)
     return (2 ** (level + 1) - 1).float()
 
 
@@ -76,11 +76,15 @@ class RotaryEmbedding(nn.Module):
         self.base = base
 
     def forward(self, position_ids: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions [B, T] and stretches [B] (see :func:`ntk_alpha`) to two [B, T, dim]."""
-        base = self.base * alpha[:, None] ** (self.dim / (self.dim - 2))
+        """Positions [B, T] to two [B, T, dim].
+
+        ``alpha``: stretches (see :func:`ntk_alpha`) of rows [B], or, where a row holds several
+        prompts, of positions [B, T].
+        """
+        alpha = alpha[:, None] if alpha.dim() == 1 else alpha
+        base = self.base * alpha[..., None] ** (self.dim / (self.dim - 2))
         exponent = torch.arange(0, self.dim, 2, device=position_ids.device) / self.dim
-        frequency = 1.0 / base**exponent
-        angle = position_ids[:, :, None].float() * frequency[:, None]
+        angle = position_ids[..., None].float() * (1.0 / base**exponent)
         angle = torch.cat([angle, angle], dim=-1)
         return angle.cos(), angle.sin()
 
@@ -293,6 +297,8 @@ class QWenModel(QWenPreTrainedModel):
             attention_mask: [B, past + T], 0 where a token is padding; or a ready-made mask.
             position_ids: [B or 1, T]; by default every position counts, padding too, as upstream.
                 ``generate`` leaves padding out, so that a padded prompt is as long as it is alone.
+                Without attention_mask and cache, positions that do not follow each other begin
+                another sequence (packing), which neither sees nor stretches those before it.
             past_key_values: earlier keys and values. The stretch of the rotary frequencies is
                 decided on the first call with an empty cache and kept in the cache.
             inputs_embeds: [B, T, hidden_size], in place of input_ids.
@@ -301,23 +307,36 @@ class QWenModel(QWenPreTrainedModel):
             kwargs: for transformers' attention functions and output recording.
 
         Raises:
-            ValueError: not exactly one of input_ids and inputs_embeds, or a cache by both
-                names.
+            ValueError: not exactly one of input_ids and inputs_embeds, a cache by both names, or
+                several packed rows with flash attention, which would take each for one sequence.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         cache = one_cache(past_key_values, cache)
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)
-        if use_cache and cache is None:
-            cache = DynamicCache(config=self.config)
+        sequences = None
         if position_ids is None:
             past = 0 if cache is None else cache.get_seq_length()
             count = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
             position_ids = (count + past)[None]
+        elif attention_mask is None and cache is None:
+            sequences = find_packed_sequence_indices(position_ids)
+        if (
+            sequences is not None
+            and len(inputs_embeds) > 1
+            and "flash" in str(self.config._attn_implementation)
+        ):
+            raise ValueError(
+                "position_ids that start anew within a row must be of one row with flash "
+                f"attention; got {len(inputs_embeds)} rows"
+            )
+        # With the cache that came in: with one, transformers does not look for packed sequences.
         mask = create_causal_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         hidden_states = self.drop(inputs_embeds)
-        alpha = self._ntk_alpha(position_ids, cache)
+        alpha = self._ntk_alpha(position_ids, sequences, cache)
         position_embeddings = self.rotary_emb(position_ids, alpha)
         query_scale = self._query_scale(position_ids)
         for block in self.h:
@@ -336,14 +355,24 @@ class QWenModel(QWenPreTrainedModel):
             outputs[CACHE] = cache
         return outputs
 
-    def _ntk_alpha(self, position_ids: Tensor, cache: Cache | None) -> Tensor:
+    def _ntk_alpha(
+        self, position_ids: Tensor, sequences: Tensor | None, cache: Cache | None
+    ) -> Tensor:
         """The stretch [B or 1] of the rotary base for a prompt's keys.
+
+        With ``sequences`` [B or 1, T], the number of the packed sequence that a position belongs
+        to, each position has its own's [B or 1, T].
 
         The first call of a prompt decides it, and the cache keeps it beside the keys that it
         rotated. A static cache counts its tokens on the device; the choice then happens on the
         device too, and writes into memory that a CUDA graph can keep.
         """
         lengths = position_ids.amax(-1) + 1
+        if sequences is not None:
+            longest = torch.zeros_like(position_ids).scatter_reduce(
+                1, sequences, position_ids + 1, "amax"
+            )
+            lengths = longest.gather(1, sequences)
         if self.config.use_dynamic_ntk and not self.training:
             alpha = ntk_alpha(lengths, self.config.seq_length)
         else:

@@ -151,6 +151,9 @@ class FinetuneConfig:
             2048, 4096 or 8192.
         truncate_text: cut longer conversations at their end; see
             :func:`monkey_model.training.conversations.encode_conversation`.
+        packing: put short conversations into sequences of up to model_max_length tokens, each
+            masked from the others: the same loss and gradients, with less padding. A batch then
+            counts packed sequences. Evaluation is not packed.
         dtype: of the arithmetic: ``"bfloat16"``, ``"float16"`` or ``"float32"``. Frozen weights
             are kept in it too; what trains is kept in float32.
         quantization: frozen weights in ``"4bit"`` or ``"8bit"`` (bitsandbytes).
@@ -178,6 +181,7 @@ class FinetuneConfig:
     image_root: str | None = None
     model_max_length: int = 2048
     truncate_text: bool = False
+    packing: bool = False
     dtype: str = "bfloat16"
     quantization: str | None = None
     gradient_checkpointing: bool = True

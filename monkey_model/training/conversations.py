@@ -289,20 +289,24 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             "where": conversation.where,
         }
 
-    def check(self, file: str | Path, max_errors: int = 20) -> None:
+    def check(self, file: str | Path, max_errors: int = 20) -> list[int]:
         """Tokenise everything once: better an error now than in the middle of a run.
+
+        Returns:
+            The tokens of each conversation.
 
         Raises:
             RecordErrors: conversations that are too long; each named.
         """
-        problems = []
+        lengths, problems = [], []
         for index, conversation in enumerate(self.conversations):
             try:
-                self[index]
+                lengths.append(len(self[index]["input_ids"]))
             except ValueError as error:
                 problems.append(f"{conversation.where}: {error}")
         if problems:
             raise RecordErrors(file, problems, len(self), max_errors)
+        return lengths
 
 
 class ConversationCollator:
@@ -318,30 +322,46 @@ class ConversationCollator:
         self.pad_token_id = pad_token_id
         self.image_processor = image_processor
 
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """``input_ids``, ``labels`` and ``attention_mask`` [B, longest], and, if any example has
-        an image, ``pixel_values`` [images, crops, 3, S, S], in the order of the spans.
+    def __call__(
+        self, examples: Sequence[dict[str, Any] | list[dict[str, Any]]]
+    ) -> dict[str, Tensor]:
+        """A row for each example; one that is a list of examples has them one after the other.
+
+        Returns:
+            ``input_ids`` and ``labels`` [B, longest]; ``attention_mask`` [B, longest], or, where a
+            row holds a list, ``position_ids`` [B, longest], which start at 0 with each conversation
+            and are -1 in padding; and, if any example has an image, ``pixel_values`` [images,
+            crops, 3, S, S], in the order of the spans.
 
         Raises:
             ValueError: an image that cannot be decoded, with its record.
         """
-        length = max(len(example["input_ids"]) for example in examples)
+        packed = any(isinstance(example, list) for example in examples)
+        rows = [example if isinstance(example, list) else [example] for example in examples]
+        length = max(sum(len(example["input_ids"]) for example in row) for row in rows)
         batch = {
-            name: torch.full((len(examples), length), fill)
+            name: torch.full((len(rows), length), fill)
             for name, fill in (
                 ("input_ids", self.pad_token_id),
                 ("labels", IGNORED),
-                ("attention_mask", 0),
+                ("position_ids", -1) if packed else ("attention_mask", 0),
             )
         }
         pixels = []
-        for row, example in enumerate(examples):
-            end = len(example["input_ids"])
-            batch["input_ids"][row, :end] = torch.tensor(example["input_ids"])
-            batch["labels"][row, :end] = torch.tensor(example["labels"])
-            batch["attention_mask"][row, :end] = 1
-            for image in example["images"]:
-                pixels.append(self._pixels(image, example["where"]))
+        for number, row in enumerate(rows):
+            end = 0
+            for example in row:
+                start, end = end, end + len(example["input_ids"])
+                batch["input_ids"][number, start:end] = torch.tensor(example["input_ids"])
+                batch["labels"][number, start:end] = torch.tensor(example["labels"])
+                # Labels are shifted: no token of its own comes before a conversation's first.
+                batch["labels"][number, start] = IGNORED
+                if packed:
+                    batch["position_ids"][number, start:end] = torch.arange(end - start)
+                else:
+                    batch["attention_mask"][number, start:end] = 1
+                for image in example["images"]:
+                    pixels.append(self._pixels(image, example["where"]))
         if pixels:
             batch["pixel_values"] = torch.cat(pixels)
         return batch

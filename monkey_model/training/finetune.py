@@ -43,12 +43,14 @@ from monkey_model.training.conversations import (
     ConversationDataset,
     read_conversations,
 )
+from monkey_model.training.packing import PackedConversations, pack
 from monkey_model.training.peft_model import MonkeyPeftModel, adapter_weights, load_peft_model
 from monkey_model.training.peft_presets import NOT_QUANTISED, lora_config
 from monkey_model.training.run_directory import (
     CompleteCheckpoints,
     begin_checkpoint,
     check_checkpoint,
+    from_main_process,
     is_finished,
     mark_finished,
     only_run,
@@ -156,7 +158,7 @@ def _train(
 ) -> FreezeReport:
     arguments.save_total_limit, limit = None, arguments.save_total_limit
     processor = MonkeyProcessor.from_pretrained(config.checkpoint)
-    train_data = _dataset(config, config.data, processor.tokenizer)
+    train_data = _dataset(config, config.data, processor.tokenizer, packing=config.packing)
     eval_data = config.eval_data and _dataset(config, config.eval_data, processor.tokenizer)
     model, report = build_model(config, arguments)
     if arguments.should_log:
@@ -316,16 +318,25 @@ def draw_loss_curve(history: Iterable[Mapping[str, Any]], path: str | Path) -> N
         figure.savefig(file, dpi=120)
 
 
-def _dataset(config: FinetuneConfig, path: str, tokenizer: Any) -> ConversationDataset:
+def _dataset(
+    config: FinetuneConfig, path: str, tokenizer: Any, *, packing: bool = False
+) -> ConversationDataset | PackedConversations:
     # The main process checks every image and length. If it fails, the launcher ends the others.
     check = PartialState().is_main_process
     conversations = read_conversations(path, image_root=config.image_root, check_images=check)
     dataset = ConversationDataset(
         conversations, tokenizer, config.model_max_length, truncate_text=config.truncate_text
     )
+    lengths = dataset.check(path) if check else []
+    if not packing:
+        return dataset
+    packs = from_main_process(lambda: pack(lengths, config.model_max_length))
     if check:
-        dataset.check(path)
-    return dataset
+        share = sum(lengths) / (len(packs) * config.model_max_length)
+        print(
+            f"{len(dataset)} conversations are packed into {len(packs)} sequences: {share:.0%} full"
+        )
+    return PackedConversations(dataset, packs)
 
 
 def _progressive_unfreeze(settings: dict[str, Any]) -> ProgressiveUnfreeze:
