@@ -19,12 +19,14 @@ import functools
 import importlib
 from collections.abc import Callable, Iterable
 from typing import Any, cast
+from unittest import mock
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.workloads import DEVICE
 from monkey_kernels import CLIP_MEAN, CLIP_STD
@@ -289,11 +291,46 @@ def cvcuda_crops(image: Tensor, interpolation: str, dtype: torch.dtype) -> Tenso
     return _crops_of_levels(canvas, interpolation, dtype)
 
 
+@functools.cache
+def _hub_kernel() -> Any:
+    """Of Hugging Face's hub, where it was downloaded before: a benchmark fetches no code to run."""
+    from huggingface_hub import constants
+    from kernels import get_kernel
+
+    with mock.patch.object(constants, "HF_HUB_OFFLINE", True):
+        return get_kernel("Molbap/kernel_image_resize", revision="v1.0.0", trust_remote_code=True)
+
+
+def hub_crops(image: Tensor, interpolation: str, dtype: torch.dtype) -> Tensor:
+    """transformers' fused resize and normalise, up to the canvas."""
+    canvas = _hub_kernel().resize_normalize(
+        [image.permute(2, 0, 1)], size=896, image_mean=CLIP_MEAN, image_std=CLIP_STD,
+        rescale_factor=1 / 255, resample=interpolation, antialias=True,
+    )  # fmt: skip
+    return _cut(canvas, interpolation).to(dtype)
+
+
 def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """[B, N, heads, head width] to the same."""
     from flash_attn import flash_attn_func
 
     return flash_attn_func(q, k, v)
+
+
+def cudnn_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """[B, heads, N, head width] to the same, by cuDNN or not at all."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def torchao_float8(encoder: VisionTransformer) -> None:
+    """Weights and inputs of the frozen products in float8, in place: half of bfloat16's time."""
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, quantize_
+
+    def frozen(module: nn.Module, name: str) -> bool:
+        return isinstance(module, nn.Linear) and "lora" not in name
+
+    quantize_(encoder.transformer, Float8DynamicActivationFloat8WeightConfig(), filter_fn=frozen)
 
 
 # What a provider of this name needs: a module, and whether that needs a GPU.
@@ -302,7 +339,10 @@ _NEEDS = {
     "transformers": ("torchvision", False),
     "DALI": ("nvidia.dali", False),
     "CV-CUDA": ("cvcuda", True),
+    "HF kernels": ("kernels", True),
     "flash-attn": ("flash_attn", True),
+    "cuDNN": ("torch.backends.cudnn", True),
+    "library, torchao float8, compiled": ("torchao", True),
 }
 
 
@@ -315,6 +355,8 @@ def why_missing(provider: str) -> str | None:
         return f"{module} needs a GPU"
     try:
         importlib.import_module(module)
+        if provider == "HF kernels":
+            _hub_kernel()
     except ModuleNotFoundError:
         return f"{module} is not installed"
     except Exception as error:  # a build for another torch raises anything
@@ -359,3 +401,9 @@ def assert_same(
     info["relative L2 against float32"] = error
     limit = 2 * baseline + torch.finfo(out.dtype).eps
     assert error <= limit, f"relative L2 {error:.1e} against float32 is above {limit:.1e}"
+
+
+def note_difference(outs: Tensor, expected: Tensor, info: dict[str, Any]) -> None:
+    """For another arithmetic, such as float8: how far off it is stands beside its time."""
+    info["relative L2 against upstream"] = error = relative_l2(outs, expected)
+    assert error < 0.2, f"relative L2 {error:.1e}: that is no rounding"

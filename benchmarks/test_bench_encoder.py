@@ -16,6 +16,8 @@ from torch import nn
 from benchmarks.baselines import (
     assert_same,
     library_encoder,
+    note_difference,
+    torchao_float8,
     upstream_block,
     upstream_crop_tokens,
     upstream_resampler,
@@ -47,6 +49,7 @@ PROVIDERS = [
     "ours",
     pytest.param("upstream, compiled", marks=compiled_on_gpu),
     pytest.param("library, compiled", marks=compiled_on_gpu),
+    pytest.param("library, torchao float8, compiled", marks=on_gpu),
     pytest.param("ours, compiled", marks=compiled_on_gpu),
     pytest.param("ours, compiled and graphed", marks=on_gpu),
 ]
@@ -73,6 +76,9 @@ def encoder_form(provider, encoder, images):
         block = torch.compile(upstream_block, fullgraph=True)
         resampler = torch.compile(upstream_resampler, fullgraph=True)
         return partial(upstream_tokens, encoder, block=block, resampler=resampler)
+    if "float8" in provider:
+        encoder = copy.deepcopy(encoder)
+        torchao_float8(encoder)
     if provider.startswith("library"):
         return library_encoder(encoder, compiled=provider.endswith("compiled"))
     if provider == "ours":
@@ -92,10 +98,11 @@ def test_encoder(benchmark, encoder, images, provider):
     benchmark.group = f"encoder, {LAYERS} layers, {images} image(s): {name}"
     names = dict.fromkeys(["upstream", provider])
     providers = {name: encoder_form(name, encoder, images) for name in names}
+    check = note_difference if "float8" in provider else assert_same
     with torch.inference_mode():
         tokens = images * CROPS * QUERIES * OUT_WIDTH
         measure(
-            benchmark, providers, provider, inputs, check=assert_same,
+            benchmark, providers, provider, inputs, check=check,
             flop=images * CROPS * CROP_FLOP,
             bytes_moved=parameter_bytes(encoder) + inputs[0].nbytes + tokens * dtype.itemsize,
         )  # fmt: skip

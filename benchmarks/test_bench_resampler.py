@@ -9,7 +9,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks.baselines import assert_same, flash_attention, library_resampler, upstream_resampler
+from benchmarks.baselines import (
+    assert_same,
+    cudnn_attention,
+    flash_attention,
+    library_resampler,
+    upstream_resampler,
+)
 from benchmarks.timing import compiled_on_gpu, measure, skip_extras
 from benchmarks.workloads import (
     CROPS,
@@ -87,7 +93,7 @@ def test_resampler(benchmark, encoder, provider):
         out = CROPS * QUERIES * OUT_WIDTH * dtype.itemsize
         measure(
             benchmark, forms, provider, tokens, check=assert_same,
-            flop=CROPS * RESAMPLER_FLOP, bytes_moved=weights + tokens[0].nbytes + out,
+            flop=CROPS * RESAMPLER_FLOP, bytes_moved=weights + tokens[0].nbytes + out, graph=True,
         )  # fmt: skip
 
 
@@ -119,7 +125,7 @@ def test_resampler_training(benchmark, encoder, provider):
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("provider", ["bmm", "SDPA", "flash-attn", "ours"])
+@pytest.mark.parametrize("provider", ["bmm", "SDPA", "cuDNN", "flash-attn", "ours"])
 @pytest.mark.parametrize("crops", [CROPS] if DEVICE.type == "cpu" else [CROPS, 8 * CROPS])
 def test_attention(benchmark, crops, provider, direction):
     """The cross-attention alone; "bmm" is upstream's."""
@@ -142,10 +148,9 @@ def test_attention(benchmark, crops, provider, direction):
         out = torch.bmm(p, v.flatten(0, 1)).unflatten(0, (crops, HEADS))
         return out.transpose(1, 2).flatten(2)
 
-    def sdpa(inputs):
+    def sdpa(inputs, attention=F.scaled_dot_product_attention):
         q, k, v = (split(x).transpose(-3, -2) for x in inputs)
-        out = F.scaled_dot_product_attention(q.expand(crops, -1, -1, -1), k, v)
-        return out.transpose(1, 2).flatten(2)
+        return attention(q.expand(crops, -1, -1, -1), k, v).transpose(1, 2).flatten(2)
 
     def flash(inputs):
         q, k, v = map(split, inputs)
@@ -154,6 +159,7 @@ def test_attention(benchmark, crops, provider, direction):
     forms = {
         "bmm": bmm,
         "SDPA": sdpa,
+        "cuDNN": partial(sdpa, attention=cudnn_attention),
         "flash-attn": flash,
         "ours": lambda inputs: resampler_attention(*inputs, num_heads=HEADS),
     }
@@ -165,7 +171,7 @@ def test_attention(benchmark, crops, provider, direction):
     if direction == "forward":
         measure(
             benchmark, forms, provider, inputs, check=assert_same,
-            flop=2 * product, bytes_moved=size,
+            flop=2 * product, bytes_moved=size, graph=True,
         )  # fmt: skip
         return
 

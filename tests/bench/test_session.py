@@ -82,3 +82,21 @@ def test_a_benchmark_run(tmp_path):
     assert all("data" not in row["stats"] for row in json.loads(path.read_text())["benchmarks"])
     with pytest.raises(ValueError, match="is not a run at real scale: its figures mean nothing"):
         record.file_run(path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's rows hold what a user waits for")
+def test_host_time_needs_no_gpu(tmp_path):
+    """Every launch gets as far as the driver, of which a stub takes it."""
+    pytest.importorskip("triton")
+    path = tmp_path / "run.json"
+    environment = {"MONKEY_BENCHMARK_SCALE": "tiny", "TRITON_INTERPRET": "0"}
+    command = ["benchmarks/test_bench_host.py", "--benchmark-only", f"--benchmark-json={path}"]
+    done = python("-m", "pytest", "-p", "no:cacheprovider", *command, **environment)
+    assert done.returncode == 0, done.stdout
+    launches = {(row.group, row.provider): row.info["launches"] for row in Run(path).rows}
+    crops = "host time, extract_crops: 4000x3000, bicubic"
+    attention = "host time, resampler_attention: 5 crops"
+    known, new = "ours, known sizes", "ours, new sizes"
+    assert launches[crops, known] >= 1 and launches[crops, new] >= launches[crops, known]
+    assert launches[attention, known] == launches[attention, new] == 1
