@@ -85,11 +85,13 @@ def _save(config: Any) -> dict[str, Any]:
 
 
 def _not_run(stats: dict[str, list[Any]]) -> list[dict[str, str]]:
-    """What pytest's reporter counts as skipped or failed, with why."""
+    """What pytest's reporter counts as skipped or failed, files included, with why."""
     entries = []
     for found in (*stats.get("skipped", []), *stats.get("failed", []), *stats.get("error", [])):
-        why = found.longrepr[2] if found.skipped else found.longrepr.reprcrash.message
-        reason = why.removeprefix("Skipped: ").split("\n")[0]
+        why = found.longrepr[2] if found.skipped else found.longreprtext
+        if hasattr(found.longrepr, "reprcrash"):
+            why = found.longrepr.reprcrash.message.split("\n")[0]
+        reason = why.strip().split("\n")[-1].removeprefix("Skipped: ").removeprefix("E   ")
         entries.append({"name": found.head_line, "outcome": found.outcome, "reason": reason})
     return entries
 

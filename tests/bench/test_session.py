@@ -44,8 +44,10 @@ def test_row(benchmark, provider):
 def test_a_run_that_is_cut_short_keeps_its_rows(tmp_path, last, code, with_json):
     """Compiled rivals are last, failures and what did not run are named."""
     (tmp_path / "test_rows.py").write_text(ROWS.format(last=last))
+    (tmp_path / "test_lacking.py").write_text("import not_a_package")
     plugins = ["-p", "no:cacheprovider", "-p", "benchmarks.conftest"]
-    command = [sys.executable, "-m", "pytest", *plugins, "test_rows.py", "--benchmark-only"]
+    command = [sys.executable, "-m", "pytest", *plugins, "--continue-on-collection-errors"]
+    command += [".", "--benchmark-only"]
     command += ["--benchmark-json=some/folder.json"] * with_json
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -54,7 +56,11 @@ def test_a_run_that_is_cut_short_keeps_its_rows(tmp_path, last, code, with_json)
     compiled = ["upstream, compiled"] * (last == "pass")
     assert [row.provider for row in run.rows] == ["upstream", "ours", *compiled]
     reasons = {entry["name"]: entry["reason"] for entry in run.data["not_run"]}
-    assert reasons == {"test_row[elsewhere]": "not here", "test_row[bad]": "ValueError: wrong"}
+    lacking = "ModuleNotFoundError: No module named 'not_a_package'"
+    assert reasons == {
+        "test_row[elsewhere]": "not here", "test_row[bad]": "ValueError: wrong",
+        "test_lacking.py": lacking,
+    }  # fmt: skip
     if code != -signal.SIGKILL:
         assert "| sleep | ours | " in done.stdout
         assert "| test_row[bad] | 1 | failed: ValueError: wrong |" in done.stdout
