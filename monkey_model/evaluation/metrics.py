@@ -6,6 +6,7 @@ one has ``_upstream`` at the end of its name: published scores of Monkey come fr
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ class Metric:
         about: one line.
         scores: of answers [records], given the references of each: a float for each record.
         misfit: what is wrong with the references of a record for this metric, or None.
+        check: raises a ValueError if it cannot score this number of records, or not here.
         best: the highest score.
     """
 
@@ -29,6 +31,7 @@ class Metric:
     about: str
     scores: Callable[[Sequence[str], Sequence[Sequence[str]]], list[float]]
     misfit: Callable[[Sequence[str]], str | None] = lambda references: None
+    check: Callable[[int], None] = lambda records: None
     best: float = 1.0
 
 
@@ -45,7 +48,7 @@ def _metric(
         def scores(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
             return [float(score(a, r)) for a, r in zip(answers, references, strict=True)]
 
-        METRICS[name] = Metric(name, about, scores, misfit)
+        METRICS[name] = Metric(name, about, scores, misfit=misfit)
         return score
 
     return register
@@ -184,3 +187,57 @@ def gqa(answer: str, references: Sequence[str]) -> float:
         parts = answer.split(word)
         answer = parts[1] if len(parts) > 1 else answer
     return containment(answer.partition(" of")[0], references)
+
+
+# ---- Captions -----------------------------------------------------------------------------------
+
+
+def _check_cider(records: int) -> None:
+    if records < 2:
+        raise ValueError(
+            "metric cider needs 2 records or more: it weighs words by how few use them"
+        )
+    try:
+        import pycocoevalcap  # noqa: F401
+    except ImportError:
+        raise ValueError(
+            'metric cider needs the extra captions: pip install "monkey-vision[captions]"'
+        ) from None
+    if shutil.which("java") is None:
+        raise ValueError("metric cider needs Java, which the tokenizer of its authors runs on")
+
+
+def cider(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """CIDEr-D of captions, 0 to 10: Vedantam et al. 2015, https://arxiv.org/abs/1411.5726.
+
+    By its authors' code, with the tokenizer that they use.
+    """
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    given: dict[str, list[dict[str, str]]] = {}
+    for number, (answer, right) in enumerate(zip(answers, references, strict=True)):
+        # One line each, whatever ends a line for the tokenizer.
+        given[f"answer {number}"] = [{"caption": " ".join(answer.split())}]
+        given[f"references {number}"] = [{"caption": " ".join(text.split())} for text in right]
+    # Both in one go: each starts a virtual machine of Java's.
+    tokens = PTBTokenizer().tokenize(given)
+    if {name: len(texts) for name, texts in given.items()} != {
+        name: len(texts) for name, texts in tokens.items()
+    }:
+        raise RuntimeError("pycocoevalcap's tokenizer, which runs on Java, failed")
+    numbers = range(len(answers))
+    _, scores = Cider().compute_score(
+        {number: tokens[f"references {number}"] for number in numbers},
+        {number: tokens[f"answer {number}"] for number in numbers},
+    )
+    return [float(score) for score in scores]
+
+
+METRICS["cider"] = Metric(
+    "cider",
+    "captions: words and phrases shared with the references, rare ones above all; up to 1000",
+    cider,
+    check=_check_cider,
+    best=10.0,
+)

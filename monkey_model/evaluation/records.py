@@ -164,6 +164,7 @@ def _record(
 def check_metrics(metrics: Sequence[Metric], records: Sequence[Record]) -> None:
     """Raise a ValueError, which names the records, if a metric does not fit the data."""
     for metric in metrics:
+        metric.check(len(records))
         problems = [
             f"id {record.id!r}: {problem}"
             for record in records

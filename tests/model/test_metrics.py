@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,10 @@ from monkey_model.evaluation.metrics import METRICS, edit_distance
 from monkey_model.evaluation.vqa_answers import normalised
 
 DATA = Path(__file__).parents[1] / "data" / "metric_scores.json"
+
+
+#: VQA's definition and CIDEr have tests of their own.
+BY_OTHERS = sorted(set(METRICS) - {"vqa_accuracy", "cider"})
 
 
 def score(metric, answer, *references):
@@ -24,11 +31,10 @@ def golden():
 
 def test_every_metric_is_held_against_other_code(golden):
     assert len(golden["answers"]) == 1000
-    # VQA's definition has its own test.
-    assert set(golden["scores"]) == set(METRICS) - {"vqa_accuracy"}
+    assert sorted(golden["scores"]) == BY_OTHERS
 
 
-@pytest.mark.parametrize("metric", sorted(set(METRICS) - {"vqa_accuracy"}))
+@pytest.mark.parametrize("metric", BY_OTHERS)
 def test_other_code_gives_the_same_scores(metric, golden):
     expected = golden["scores"][metric]
     ours = METRICS[metric].scores(golden["answers"], golden["references"])
@@ -135,3 +141,27 @@ def test_relaxed_accuracy(answer, reference, published, upstream):
 def test_the_same_text_or_a_part(answer, exact, containment, gqa):
     for metric, expected in (("exact", exact), ("containment", containment), ("gqa", gqa)):
         assert score(metric, answer, "red car", "motor") == expected, metric
+
+
+@pytest.mark.skipif(shutil.which("java") is None, reason="the tokenizer of CIDEr runs on Java")
+def test_cider():
+    """Shared n-grams of 1 to 4 words, a quarter each; those of two records count half as much."""
+    answers = ["A red car.", "a dog runs away", "", "the\ngreen  bus\u2028stops, here"]
+    references = [["a red car"], ["a dog ran away", "cats"], ["x"], ["The green bus stops here!"]]
+    found = METRICS["cider"].scores(answers, references)
+    rare, common = math.log(4), math.log(2)  # idf of a word of one record, and of "a"
+    words = (common**2 + 2 * rare**2) / (common**2 + 3 * rare**2)
+    # "a dog" of three pairs of words, none of three or four; the mean of two references.
+    second = 10 / 4 * (words + 1 / 3) / 2
+    assert found == pytest.approx([7.5, second, 0, 10])
+
+
+def test_cider_says_what_it_lacks(monkeypatch):
+    with pytest.raises(ValueError, match="cider needs 2 records or more"):
+        METRICS["cider"].check(1)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match="cider needs Java"):
+        METRICS["cider"].check(2)
+    monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
+    with pytest.raises(ValueError, match=r'pip install "monkey-vision\[captions\]"'):
+        METRICS["cider"].check(2)
