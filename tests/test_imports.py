@@ -20,7 +20,7 @@ MAY_IMPORT = {
         "checkpoint", "configuration", "evaluation", "inputs", "modeling", "monkey_kernels",
         "processing", "serving", "shared", "training",
     },
-    "evaluation": {"inputs", "monkey_kernels", "serving", "shared"},
+    "evaluation": {"checkpoint", "inputs", "monkey_kernels", "serving", "shared", "visual"},
     "serving": {
         "checkpoint", "configuration", "inputs", "modeling", "monkey_kernels", "processing",
         "shared", "training", "visual",

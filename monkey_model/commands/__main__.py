@@ -11,6 +11,7 @@ import typer
 
 from monkey_model.commands import (
     ask,
+    compare,
     demo,
     demo_checkpoint,
     doctor,
@@ -35,6 +36,7 @@ for command in (
     encode.encode,
     look.look,
     evaluate.evaluate,
+    compare.compare,
     export.export,
     demo.demo,
     demo_checkpoint.demo_checkpoint,

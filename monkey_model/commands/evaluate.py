@@ -56,11 +56,10 @@ def _data_set(name: str) -> DataSet:
     return DATA_SETS[name]
 
 
-def _metrics(names: list[str]) -> list[Metric]:
+def find_metrics(names: list[str]) -> list[Metric]:
+    """The metrics of these names."""
     from monkey_model.evaluation.metrics import METRICS
 
-    if not names:
-        raise ValueError(f"--data needs a --metric, one of {', '.join(METRICS)}")
     for name in names:
         if name not in METRICS:
             raise ValueError(f"--metric must be one of {', '.join(METRICS)}; got {name!r}")
@@ -222,7 +221,9 @@ def evaluate(
         if prompt is not None and "{}" not in prompt:
             raise ValueError(f"--prompt must have a place {{}} for the question; got {prompt!r}")
         assert data is not None
-        metrics = _metrics([*(known.metrics if known else ()), *(metric or ())])
+        metrics = find_metrics([*(known.metrics if known else ()), *(metric or ())])
+        if not metrics:
+            raise ValueError("--data needs a --metric (--list has them)")
         records = read_records(
             data,
             annotations=annotations,

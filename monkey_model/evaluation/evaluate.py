@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,25 @@ _CHAT_ENDS = "Answer: "  # of a template, where ChatML says itself whose turn it
 
 
 @dataclass(frozen=True)
+class Answered:
+    """What one side answered.
+
+    Args:
+        questions: by id: the question's text.
+        answers: by id.
+        references: by id, none where nothing says what is right.
+        scores: by metric and id.
+        images: by id, the pictures' paths.
+    """
+
+    questions: Mapping[str | int, str]
+    answers: Mapping[str | int, str]
+    references: Mapping[str | int, Sequence[str]]
+    scores: Mapping[str, Mapping[str | int, float]]
+    images: Mapping[str | int, Sequence[str]]
+
+
+@dataclass(frozen=True)
 class Scored:
     """What came out of an evaluation.
 
@@ -48,6 +68,18 @@ class Scored:
     def summary(self) -> dict[str, dict[str, float | None]]:
         """By metric: the mean, and its standard error (None for one record)."""
         return {name: mean_and_error(values) for name, values in self.scores.items()}
+
+    def by_id(self) -> Answered:
+        """The same, by the ids of the records."""
+        ids = [record.id for record in self.records]
+        questions = [record.question for record in self.records]
+        return Answered(
+            {question.id: question.text for question in questions},
+            dict(zip(ids, self.answers, strict=True)),
+            {record.id: record.references for record in self.records},
+            {name: dict(zip(ids, values, strict=True)) for name, values in self.scores.items()},
+            {question.id: [os.fsdecode(i) for i in question.images] for question in questions},
+        )
 
 
 def mean_and_error(values: Sequence[float]) -> dict[str, float | None]:
@@ -219,11 +251,21 @@ def write_results(
     Raises:
         OSError: a file cannot be written.
     """
-    with atomic(folder / RECORDS) as name, open(name, "w", encoding="utf-8") as file:
+    with (
+        atomic(folder / RECORDS) as name,
+        open(
+            # A path that is no UTF-8 has half surrogates, and JSON the same escapes.
+            name,
+            "w",
+            encoding="utf-8",
+            errors="backslashreplace",
+        ) as file,
+    ):
         for number, (record, answer) in enumerate(zip(scored.records, scored.answers, strict=True)):
             line = {
                 "id": record.id,
                 "question": record.question.text,
+                "images": [os.fsdecode(image) for image in record.question.images],
                 "answer": answer,
                 "references": record.references,
                 "scores": {metric: values[number] for metric, values in scored.scores.items()},

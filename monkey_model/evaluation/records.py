@@ -35,6 +35,7 @@ def read_records(
     image_root: str | Path | None = None,
     image_pattern: str | None = None,
     number_lines: bool = False,
+    answered: bool = True,
 ) -> list[Record]:
     """The records of a data set.
 
@@ -48,6 +49,7 @@ def read_records(
             ``"val2014/COCO_val2014_{image_id:012}.jpg"``; by default what ``"image"`` says.
         number_lines: whether ids are the lines' numbers even where there are others, for files
             whose ids repeat.
+        answered: whether a record must have an answer; references are empty where it has none.
 
     Raises:
         OSError: a file cannot be read.
@@ -61,7 +63,7 @@ def read_records(
     places: dict[Id, str] = {}
     for place, content, number in _contents(data, image_pattern):
         try:
-            record = _record(content, number, root, answers, number_lines)
+            record = _record(content, number, root, answers, number_lines, answered)
             if record.id in places:
                 raise ValueError(
                     f"'question_id' {record.id!r} must differ from that of {places[record.id]}; "
@@ -146,6 +148,7 @@ def _record(
     root: Path,
     answers: Mapping[Id, tuple[str, ...]] | None,
     number_lines: bool,
+    answered: bool,
 ) -> Record:
     own: Any = number
     if isinstance(content, dict):
@@ -154,6 +157,8 @@ def _record(
     question = read_question(content, number, root)
     if answers is None:
         if "answer" not in content:
+            if not answered:
+                return Record(question, ())
             raise ValueError(f"must have an 'answer', or a file of annotations; id {own!r}")
         return Record(question, _references(content["answer"]))
     if own not in answers:

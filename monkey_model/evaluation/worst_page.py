@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from PIL import Image
-
 from monkey_model.evaluation.evaluate import Scored
 from monkey_model.evaluation.metrics import METRICS
-from monkey_model.inputs.images import load_image
 from monkey_model.serving import page
 
-_LONGEST_SIDE = 640  # of a picture on the page, in pixels
+_LONGEST_SIDE = 640  # of a picture on the page, in pixels; predictions can be without one
 _BARS = 20
 
 
@@ -64,15 +61,5 @@ def _case(scored: Scored, number: int) -> dict[str, Any]:
             {"text": text, "times": times} for text, times in Counter(record.references).items()
         ],
         "scores": [values[number] for values in scored.scores.values()],
-        "pictures": [_picture(str(image)) for image in record.question.images],
+        "pictures": [page.picture(str(image), _LONGEST_SIDE) for image in record.question.images],
     }
-
-
-def _picture(path: str) -> dict[str, str]:
-    """A picture for the page, or why there is none: predictions can be scored without them."""
-    try:
-        image = Image.fromarray(load_image(path).numpy())
-    except (OSError, ValueError) as error:
-        return {"path": path, "error": str(error)}
-    image.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
-    return {"path": path, "src": page.data_url(image, "JPEG", quality=85)}

@@ -10,6 +10,8 @@ from typing import Any
 
 from PIL import Image
 
+from monkey_model.inputs.images import load_image
+
 
 def build_page(package: str, template: str, data: Any) -> str:
     """The page as HTML.
@@ -39,3 +41,21 @@ def data_url(image: Image.Image, kind: str, **options: Any) -> str:
     file = io.BytesIO()
     image.save(file, kind, **options)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def picture(path: str, longest: int) -> dict[str, str]:
+    """A picture file for a page, or why there is none.
+
+    Args:
+        path: of the file.
+        longest: side in pixels, at most.
+
+    Returns:
+        The ``"path"``, and the picture's address as ``"src"`` or an ``"error"``.
+    """
+    try:
+        image = Image.fromarray(load_image(path).numpy())
+    except (OSError, ValueError) as error:
+        return {"path": path, "error": str(error)}
+    image.thumbnail((longest, longest))
+    return {"path": path, "src": data_url(image, "JPEG", quality=85)}

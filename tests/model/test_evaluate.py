@@ -362,7 +362,7 @@ def test_bad_records_are_named(change, message, ask, folder):
         (("nonsense",), "data set must be one of estvqa_test, docvqa_test, "),
         (("docvqa_test", "--prompt", "{}"), "--prompt is for --data; docvqa_test has its own"),
         (("docvqa_test",), "No such file or directory: 'data/docvqa/test_ans.jsonl'"),
-        (("--data", "data.jsonl"), "--data needs a --metric, one of vqa_accuracy, "),
+        (("--data", "data.jsonl"), "--data needs a --metric (--list has them)"),
         (("--data", "data.jsonl", "--metric", "bleu"), "--metric must be one of vqa_accuracy, "),
         (
             ("--data", "data.jsonl", "--metric", "vqa_accuracy"),
