@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pickle
@@ -230,16 +231,26 @@ def flush(directory: Path) -> None:
 
 
 @contextmanager
-def atomic(path: Path, keep: bool = True) -> Iterator[str]:
+def atomic(path: Path, keep: bool = True, *, shared: bool = True) -> Iterator[str]:
     """A temporary name to write to, renamed to ``path`` at the end: whole, or not there.
+
+    Args:
+        path: where it is to be.
+        keep: False to see whether it could be written, and leave nothing.
+        shared: False where no other process writes ``path``: the name is the same every time, so
+            that what a killed process left is written over.
 
     Raises:
         WriteError: it cannot be written.
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".monkey-", suffix=path.suffix)
-        os.close(handle)
+        if shared:
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=".monkey-", suffix=path.suffix)
+            os.close(handle)
+        else:
+            name = str(path.with_name(f".monkey-{path.name}"))
+            open(name, "wb").close()
         try:
             yield name
             if not keep:
@@ -286,3 +297,22 @@ def atomic_directory(path: Path, write: bool = True) -> Iterator[Path]:
             if write:
                 shutil.rmtree(unfinished, ignore_errors=True)
             raise
+
+
+def need_extra(module: str, extra: str, what: str) -> Any:
+    """An optional package's module.
+
+    Args:
+        module: such as ``pyarrow.parquet``.
+        extra: of this package, which brings it.
+        what: needs it, in the error.
+
+    Raises:
+        ImportError: it is not installed; the message says how to.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        message = f'{what} needs {package}: pip install "monkey-vision[{extra}]" ({error})'
+        raise ImportError(message) from None

@@ -34,6 +34,8 @@ def folder(checkpoint, tmp_path, monkeypatch):
     (tmp_path / "monkey_model").symlink_to(ROOT / "monkey_model")  # its samples
     for name in ("photo.jpg", "scan.png", "page.png", "a.png", "b.png"):
         Image.new("RGB", (60, 40), "red").save(tmp_path / name)
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (60, 40), "green").save(tmp_path / "photos" / "green.png")
     turns = [
         {"from": "user", "value": "<img>photo.jpg</img> What is this? Answer: "},
         {"from": "assistant", "value": "A harbour."},

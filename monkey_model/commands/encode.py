@@ -20,6 +20,7 @@ from monkey_model.commands.console import (
     say,
     usable_device,
 )
+from monkey_model.files import list_problems
 
 
 class Interpolation(str, Enum):
@@ -33,15 +34,42 @@ class Fit(str, Enum):
     pad = "pad"
 
 
+class Store(str, Enum):
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp8 = "fp8"
+    int8 = "int8"
+    pooled = "pooled"
+
+
+class ShardFormat(str, Enum):
+    safetensors = "safetensors"
+    parquet = "parquet"
+
+
+def _parse_pair(option: str, text: str, between: str, example: str) -> tuple[int, int]:
+    first, found, second = text.lower().partition(between)
+    if not (found and first.isdecimal() and second.isdecimal() and int(second)):
+        raise typer.BadParameter(f"{option} must be {example}; got {text!r}")
+    return int(first), int(second)
+
+
 def _parse_grid(text: str) -> tuple[int, int]:
-    rows, x, columns = text.lower().partition("x")
-    if not (x and rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
-        raise typer.BadParameter(f"--grid must be ROWSxCOLUMNS, such as 2x2; got {text!r}")
-    return int(rows), int(columns)
+    example = "ROWSxCOLUMNS, such as 2x2"
+    rows, columns = _parse_pair("--grid", text, "x", example)
+    if not rows:
+        raise typer.BadParameter(f"--grid must be {example}; got {text!r}")
+    return rows, columns
 
 
 def encode(
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Pictures to encode.")],
+    images: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[IMAGE]...",
+            help="Pictures, folders (with -r), patterns, WebDataset tars, or - for paths on stdin.",
+        ),
+    ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Monkey checkpoint directory; without it, random weights.")
     ] = None,
@@ -49,8 +77,36 @@ def encode(
         Path | None,
         typer.Option(
             help="One image: a .safetensors file (default tokens.safetensors). Several: a folder "
-            "(default tokens) that gets NAME.safetensors for each."
+            "(default tokens) that gets NAME.safetensors for each, or shards."
         ),
+    ] = None,
+    recursive: Annotated[
+        bool, typer.Option("--recursive", "-r", help="Take the pictures in folders.")
+    ] = False,
+    manifest: Annotated[
+        list[Path] | None, typer.Option(help="JSONL or Parquet that lists pictures.")
+    ] = None,
+    column: Annotated[
+        str, typer.Option(help="Of --manifest: paths, or in Parquet also bytes.")
+    ] = "image",
+    id_column: Annotated[
+        str | None, typer.Option(help="Of --manifest: ids. Default: the path, or FILE:ROW.")
+    ] = None,
+    shard_size: Annotated[
+        int | None, typer.Option(min=1, help="Pictures in one file. Default: a file for each.")
+    ] = None,
+    shard_format: Annotated[
+        ShardFormat, typer.Option(help="Of the files with several pictures.")
+    ] = ShardFormat.safetensors,
+    store: Annotated[
+        Store | None,
+        typer.Option(help="Keep the tokens in fewer bits, or their mean. Default: as computed."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with what --out holds; skip what is whole.")
+    ] = False,
+    shard: Annotated[
+        str | None, typer.Option(help="I/N: do the I-th (from 0) of N shares, one per process.")
     ] = None,
     interpolation: Annotated[
         Interpolation | None,
@@ -66,8 +122,7 @@ def encode(
     dtype: DTypeOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images in one pass.")] = 1,
     workers: Annotated[
-        int | None,
-        typer.Option(min=1, help="Decoding threads. Default: one per core, up to 16."),
+        int | None, typer.Option(min=1, help="Decoding threads. Default: one per core, up to 16.")
     ] = None,
     preview: Annotated[
         Path | None, typer.Option(help="PNG of the first image's crops and their adapters.")
@@ -81,17 +136,44 @@ def encode(
     allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Fetch http(s) images.")] = False,
     allow_pickle: PickleOption = False,
 ) -> None:
-    """Turn pictures into visual tokens, one .safetensors file for each."""
+    """Turn pictures into visual tokens: a .safetensors file for each, or shards of many."""
     grid_size = None if grid is None else _parse_grid(grid)
+    share = None if shard is None else _parse_pair("--shard", shard, "/", "I/N, such as 0/8")
+    if bool(images) == bool(manifest):
+        raise typer.BadParameter("give IMAGE... or --manifest")
 
     from PIL import Image
 
     from monkey_model.checkpoint import load_visual
-    from monkey_model.serving.encode_files import encode_files, output_paths, seeded_encoder
+    from monkey_model.inputs.picture_lists import list_manifests, list_pictures
+    from monkey_model.serving.encode_files import (
+        Output,
+        PictureEncoder,
+        encode_files,
+        plan_parts,
+        seeded_encoder,
+    )
 
     try:
-        paths = output_paths(images, out, preview, checkpoint)
-    except ValueError as error:
+        if manifest:
+            pictures = list_manifests(manifest, column=column, id_column=id_column)
+        else:
+            pictures = list_pictures(images or [], recursive=recursive)
+        alone = len(pictures) == 1 and [pictures[0].source] == images
+        is_file = alone and not (shard_size or resume or share)
+        is_file = is_file and (out is None or out.suffix == ".safetensors")
+        output = Output(
+            out or Path("tokens.safetensors" if is_file else "tokens"),
+            is_file=is_file,
+            store=store.value if store else None,
+            shard_size=shard_size,
+            shard_format=shard_format.value,
+            share=share,
+            resume=resume,
+            preview=preview,
+        )
+        parts = plan_parts(pictures, output, checkpoint)
+    except (ValueError, ImportError) as error:
         raise typer.BadParameter(str(error)) from None
     except OSError as error:
         report(f"the output cannot be written: {error}")
@@ -118,18 +200,17 @@ def encode(
                 "[yellow]No --checkpoint: a small encoder with random weights (seed 0) stands in. "
                 "These tokens carry no meaning.[/]"
             )
-        with progress_bar("Encoding", disable=len(images) == 1, unit="pictures") as progress:
-            task = progress.add_task("Encoding", total=len(images), waited=0.0)
-            failed = encode_files(
-                encoder,
-                images,
-                paths,
+        with progress_bar("Encoding", disable=len(pictures) == 1, unit="pictures") as progress:
+            of_parts = parts[share[0] :: share[1]] if share else parts
+            total = sum(len(part.pictures) for part in of_parts)
+            task = progress.add_task("Encoding", total=total, waited=0.0)
+            outcome = encode_files(
+                PictureEncoder(encoder, allow_urls=allow_urls, fast_decode=fast_decode),
+                parts,
+                output,
                 origin=str(checkpoint) if checkpoint else "none: random weights",
                 batch_size=batch_size,
                 workers=workers,
-                preview=preview,
-                allow_urls=allow_urls,
-                fast_decode=fast_decode,
                 on_done=lambda count, waited: progress.update(task, advance=count, waited=waited),
                 on_written=lambda message: say(err_console, message),
                 on_problem=report,
@@ -137,7 +218,11 @@ def encode(
     except (ValueError, OSError, RuntimeError) as error:  # the last: a backend, or memory
         report(str(error))
         raise typer.Exit(2) from None
-    if failed:
-        names = ", ".join(failed)
-        report(f"{len(failed)} of {len(images)} images were not encoded: {names}")
+    if outcome.failed or outcome.failed_before:
+        names = [*outcome.failed]
+        if outcome.failed_before:
+            names.append(f"{outcome.failed_before} in earlier runs")
+        count = len(outcome.failed) + outcome.failed_before
+        names_text = list_problems(names, separator=", ")
+        report(f"{count} of {outcome.pictures} images were not encoded: {names_text}")
         raise typer.Exit(1)

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from monkey_kernels import extract_crops
+from monkey_kernels.checks import check_choice, check_positive_int
 from monkey_model.crop_settings import CropSettings
-from monkey_model.files import atomic
+from monkey_model.files import atomic, need_extra
 from monkey_model.inputs.fetch import shown
 from monkey_model.inputs.images import load_image
-from monkey_model.inputs.picture_lists import Picture
+from monkey_model.inputs.picture_lists import Picture, is_outside
+from monkey_model.inputs.prompts import check_no_surrogates
 from monkey_model.serving.crop_pictures import draw_crops
 from monkey_model.serving.pipeline import (
     Device,
@@ -29,6 +29,17 @@ from monkey_model.serving.pipeline import (
     in_batches,
     read_ahead,
     write_behind,
+)
+from monkey_model.serving.token_files import (
+    SHARD_FORMATS,
+    STORES,
+    Manifest,
+    Part,
+    Row,
+    check_unused,
+    weights_mark,
+    write_files,
+    write_shards,
 )
 from monkey_model.visual import VisionTransformer
 
@@ -54,68 +65,114 @@ def seeded_encoder(device: torch.device, dtype: torch.dtype, **settings: Any) ->
     return encoder.to(device, dtype).eval()
 
 
-def output_paths(
-    images: Sequence[str], out: Path | None, preview: Path | None, checkpoint: Path | None = None
-) -> list[Path]:
-    """Where each image's tokens go, checked before any work is done.
+@dataclass(frozen=True)
+class Output:
+    """Where results go, and in which form.
 
     Args:
-        images: paths or addresses.
-        out: a ``.safetensors`` file for one image (by default ``tokens.safetensors``), or a folder
-            (by default ``tokens``), which is made.
-        preview: a ``.png`` file, if one is to be drawn.
+        path: a folder, which is made; or, if ``is_file``, one picture's ``.safetensors`` file.
+        is_file: which of them.
+        store: of :func:`monkey_model.serving.token_files.pack`.
+        shard_size: pictures in one file; None for a file each.
+        shard_format: ``"safetensors"`` or ``"parquet"``.
+        share: (i, n) where this process does every n-th file, from the i-th.
+        resume: go on with what the folder holds.
+        preview: a ``.png`` file for the crops of the first picture that can be read.
+
+    Raises:
+        ValueError: not one of these.
+    """
+
+    path: Path
+    is_file: bool = False
+    store: str | None = None
+    shard_size: int | None = None
+    shard_format: str = "safetensors"
+    share: tuple[int, int] | None = None
+    resume: bool = False
+    preview: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.store is not None:
+            check_choice("store", self.store, STORES)
+        check_choice("shard_format", self.shard_format, SHARD_FORMATS)
+        if self.shard_size is not None:
+            check_positive_int("shard_size", self.shard_size)
+        if self.shard_format == "parquet":
+            need_extra("pyarrow.parquet", "parquet", "--shard-format parquet")
+        if self.share is not None and not 0 <= self.share[0] < self.share[1]:
+            i, n = self.share
+            raise ValueError(f"--shard must be I/N with I from 0 to N - 1; got {i}/{n}")
+        if self.preview is not None and self.preview.suffix.lower() != ".png":
+            raise ValueError(f"--preview must be a .png file; got {self.preview}")
+        if self.path.suffix and not self.is_file and not self.path.is_dir():
+            raise ValueError(
+                f"--out must be a .safetensors file for one image, or a folder; got {self.path}"
+            )
+
+
+def plan_parts(
+    pictures: Sequence[Picture], output: Output, checkpoint: Path | None = None
+) -> list[Part]:
+    """The files to write and the pictures of each, checked before any work is done.
+
+    Args:
+        pictures: with ids of their own.
+        output: where they go. Parts are the same for all of its shares, which divide them.
         checkpoint: the directory that is read, in which nothing is written.
 
     Raises:
         OSError: a folder that cannot be made, or takes no files.
-        ValueError: another kind of file, or one that would be written over an image, over another
-            output or into the checkpoint.
+        ValueError: a file that would be written over a picture, over
+            another output, out of the folder or into the checkpoint; results of an earlier run.
     """
-    if len(images) == 1 and (out is None or out.suffix == ".safetensors"):
-        paths = [out or Path("tokens.safetensors")]
+    folder, size = output.path, output.shard_size
+    if output.is_file:
+        parts = [Part(folder, pictures)]
+    elif size is None:
+        parts = [Part(folder / f"{picture.name}.safetensors", [picture]) for picture in pictures]
+        for picture in pictures:
+            if is_outside(picture.name):
+                raise ValueError(
+                    f"each picture must have a name inside --out; got {picture.name!r} (shards, by "
+                    "--shard-size, take any)"
+                )
     else:
-        folder = out or Path("tokens")
-        if folder.suffix and not folder.is_dir():
-            raise ValueError(
-                f"--out must be a .safetensors file for one image, or a folder; got {folder}"
-            )
-        paths = [folder / f"{Path(image).name}.safetensors" for image in images]
-    if preview is not None and preview.suffix.lower() != ".png":
-        raise ValueError(f"--preview must be a .png file; got {preview}")
+        starts = range(0, len(pictures), size)
+        parts = [
+            Part(folder / f"tokens-{n:05d}.{output.shard_format}", pictures[start : start + size])
+            for n, start in enumerate(starts)
+        ]
+    if size is not None and output.shard_format == "parquet":
+        for picture in pictures:
+            check_no_surrogates("the id of a picture in Parquet", picture.id)
     # Nothing is written over an input or another output, however it is spelled.
-    owner = {os.path.realpath(image): f"the image {shown(image)}" for image in images}
-    outputs = [(path, f"the tokens of {shown(image)}")
-               for image, path in zip(images, paths, strict=True)]  # fmt: skip
-    if preview is not None:
-        outputs.append((preview, "the preview"))
+    owner = {
+        os.path.realpath(picture.source): f"the image {shown(picture.id)}"
+        for picture in pictures
+        if isinstance(picture.source, str)
+    }
+    outputs = [
+        (part.path, f"the tokens of {shown(part.pictures[0].id)}" if size is None else "a shard")
+        for part in parts
+    ]
+    if output.preview is not None:
+        outputs.append((output.preview, "the preview"))
+    inside = None if checkpoint is None else os.path.realpath(checkpoint)
     for path, what in outputs:
         real = os.path.realpath(path)
         if real in owner:
             raise ValueError(f"{what} would be written over {owner[real]}: {path}")
-        if checkpoint is not None and Path(real).is_relative_to(os.path.realpath(checkpoint)):
+        if inside is not None and Path(real).is_relative_to(inside):
             raise ValueError(f"{what} would be written into the checkpoint {checkpoint}: {path}")
         owner[real] = what
-    for path in {path.parent: path for path, _ in outputs}.values():
+    if size is not None:
+        check_unused(folder, resume=output.resume, share=output.share)
+    places = {folder / "x"} if not output.is_file else {folder}
+    for path in places | ({output.preview} if output.preview else set()):
         with atomic(path, keep=False):
             pass  # the folder is there, or can be made, and takes files
-    return paths
-
-
-@dataclass(frozen=True)
-class Row:
-    """What came of a picture: tokens, or an error.
-
-    Args:
-        picture: which one.
-        size: (height, width) in pixels of the decoded picture, None where it could not be read.
-        tokens: [crops_per_image * n_queries, output_dim] on the CPU, or None.
-        error: why there are none.
-    """
-
-    picture: Picture
-    size: tuple[int, int] | None = None
-    tokens: Tensor | None = None
-    error: str | None = None
+    return parts
 
 
 @dataclass(frozen=True)
@@ -140,6 +197,7 @@ class PictureEncoder:
     ) -> None:
         self.encoder = encoder
         self.device = Device(encoder.proj.device)
+        self._fast_decode = fast_decode
         self._cutting = encoder.crop_settings.cutting
         self._loading: dict[str, Any] = {
             "allow_urls": allow_urls,
@@ -147,6 +205,23 @@ class PictureEncoder:
         }
         side = encoder.crop_settings.crop_size
         self._crop_bytes = encoder.crop_settings.crops_per_image * 3 * side * side * 4
+
+    def settings(self, origin: str, output: Output) -> dict[str, Any]:
+        """What makes the numbers in a file of results what they are."""
+        crop_settings = self.encoder.crop_settings
+        return {
+            "checkpoint": shown(origin),
+            "weights": weights_mark(self.encoder),
+            "grid": "x".join(map(str, crop_settings.grid)),
+            "crop_size": crop_settings.crop_size,
+            "interpolation": crop_settings.interpolation,
+            "fit": crop_settings.fit,
+            "fast_decode": str(self._fast_decode).lower(),
+            "dtype": str(self.encoder.proj.dtype).removeprefix("torch."),
+            "store": output.store or "as computed",
+            "shard_size": output.shard_size,
+            "shard_format": output.shard_format,
+        }
 
     @torch.inference_mode()
     def decode(self, picture: Picture, reserve: Reserve = lambda size: None) -> Decoded:
@@ -157,7 +232,7 @@ class PictureEncoder:
             RuntimeError: another failure, which names the picture.
         """
         with _naming([picture], but=_UNREADABLE):
-            pixels = load_image(picture.source, reserve=reserve, **self._loading)
+            pixels = load_image(picture.read(), reserve=reserve, **self._loading)
         size = (pixels.shape[0], pixels.shape[1])
         with _naming([picture]):
             if self.device.device.type != "cpu":
@@ -279,86 +354,95 @@ def _outcome(read: tuple[Picture, Future[Decoded]]) -> tuple[Row, Decoded | None
         return Row(picture, error=str(error)), None
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """How many pictures there were, and which have no tokens (those of earlier runs by number)."""
+
+    pictures: int
+    failed: list[str]
+    failed_before: int
+
+
 def encode_files(
-    encoder: VisionTransformer,
-    images: Sequence[str],
-    paths: Sequence[Path],
+    encoder: PictureEncoder,
+    parts: Sequence[Part],
+    output: Output,
     *,
     origin: str,
     batch_size: int = 1,
     workers: int | None = None,
-    preview: Path | None = None,
-    allow_urls: bool = False,
-    fast_decode: bool = False,
     on_done: Callable[[int, float], None] = lambda count, waited: None,
     on_written: Callable[[str], None] = lambda message: None,
     on_problem: Callable[[str], None] = lambda message: None,
-) -> list[str]:
-    """Write the visual tokens of each image to a file of its own, as ``tokens``.
+) -> Outcome:
+    """Write the visual tokens of pictures to files; see :mod:`monkey_model.serving.token_files`.
 
-    The file's metadata says what they were made of: image, decoded_size, checkpoint, grid,
-    interpolation, fit, fast_decode.
+    A file's metadata says what they were made of: checkpoint, weights, grid, crop_size,
+    interpolation, fit, fast_decode, dtype, store.
 
     Args:
-        encoder: in eval mode.
-        images: paths or addresses.
-        paths: of the files, one for each image; see :func:`output_paths`.
+        encoder: see :class:`PictureEncoder`.
+        parts: of :func:`plan_parts`.
+        output: where they go.
         origin: where the weights are from, for the metadata.
-        batch_size: of :func:`encode_pictures`, as are workers and on_done.
-        preview: PNG of the crops of the first image that can be read.
-        allow_urls: of :class:`PictureEncoder`, as is fast_decode.
+        batch_size: of :func:`encode_pictures`, as is workers.
+        on_done: called with the number of pictures that are through, written or not, and the share
+            of the time that the device waited.
         on_written: called with a line about each file.
-        on_problem: called with what is wrong with an image, or with its file.
-
-    Returns:
-        The images that have no file.
+        on_problem: called with what is wrong with a picture, or with its file's name.
 
     Raises:
-        OSError: the preview cannot be written.
+        OSError: the disk is full, or the like. What was written is whole.
         RuntimeError: out of memory, or a backend that cannot run.
-        ValueError: fewer adapters than local crops.
+        ValueError: fewer adapters than local crops; results of other settings or pictures.
     """
-    adapters, crop_settings = encoder.adapter_index(), encoder.crop_settings
-    metadata = {
-        "checkpoint": shown(origin),
-        "grid": "x".join(map(str, crop_settings.grid)),
-        "interpolation": crop_settings.interpolation,
-        "fit": crop_settings.fit,
-        "fast_decode": str(fast_decode).lower(),
-    }
+    adapters, grid = encoder.encoder.adapter_index(), encoder.encoder.crop_settings.grid
+    settings = encoder.settings(origin, output)
+    i, n = output.share or (0, 1)
+    parts = parts[i::n]
+    pictures = sum(len(part.pictures) for part in parts)
+    manifest, left, failed_before = None, parts, 0
+    if not output.is_file:
+        manifest = Manifest(output.path, settings, share=output.share)
+        left = manifest.left(parts) if output.resume else parts
+        before = {part.path for part in left}
+        failed_before = manifest.errors([part for part in parts if part.path not in before])
+        manifest.begin(left)
+    todo = [picture for part in left for picture in part.pictures]
+    on_done(pictures - len(todo), 0.0)
     failed: list[str] = []
 
     def write(rows: Iterator[Row]) -> None:
-        for row, path in zip(rows, paths, strict=True):
-            name = row.picture.id
-            if row.tokens is None or row.size is None:
-                failed.append(name)
-                on_problem(str(row.error))
-                continue
-            about = {"image": shown(name), "decoded_size": "x".join(map(str, row.size)), **metadata}
-            try:
-                with atomic(path) as file:
-                    save_file({"tokens": row.tokens.contiguous()}, file, about)
-            except (OSError, SafetensorError) as error:  # the latter: a full disk
-                failed.append(name)
-                on_problem(f"the tokens of {name} cannot be written: {error}")
-                continue
-            shape = " x ".join(str(length) for length in row.tokens.shape)
-            on_written(f"{shown(name)}: {shape} visual tokens -> {shown(str(path))}")
+        if output.shard_size is not None and manifest is not None:
+            write_shards(
+                rows, left, manifest,
+                store=output.store, on_written=on_written, on_problem=problem,
+            )  # fmt: skip
+            return
+        shards = ("shard_size", "shard_format")
+        metadata = {key: str(value) for key, value in settings.items() if key not in shards}
+        write_files(
+            rows, left, manifest,
+            store=output.store, metadata=metadata, on_written=on_written, on_problem=problem,
+        )  # fmt: skip
+
+    def problem(id: str, message: str) -> None:
+        failed.append(id)
+        on_problem(message)
 
     def draw(picture: Picture, crops: Tensor) -> None:
-        if preview is not None:
-            with atomic(preview) as file:
-                draw_crops(crops, crop_settings.grid, adapters).save(file, "PNG")
-            on_written(f"crops of {shown(picture.id)} -> {shown(str(preview))}")
+        if output.preview is not None:
+            with atomic(output.preview) as file:
+                draw_crops(crops, grid, adapters).save(file, "PNG")
+            on_written(f"crops of {shown(picture.id)} -> {shown(str(output.preview))}")
 
     encode_pictures(
-        PictureEncoder(encoder, allow_urls=allow_urls, fast_decode=fast_decode),
-        [Picture(name, name, Path(name).name) for name in images],
+        encoder,
+        todo,
         write,
         batch_size=batch_size,
         workers=workers,
         preview=draw,
         on_done=on_done,
     )
-    return failed
+    return Outcome(pictures, failed, failed_before)

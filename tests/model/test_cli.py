@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from monkey_model.checkpoint import PREFIX
 from monkey_model.commands.__main__ import app
+from monkey_model.serving.token_files import read_tokens
 from tests.helpers.checkpoint import write_data
 from tests.helpers.golden import load_golden
 from tests.helpers.numerics import relative_l2
@@ -125,7 +126,7 @@ def test_one_bad_image_among_many(run, tmp_path):
     output = run("encode", *images, "--batch-size", "2", code=1)
     assert "bad.jpg' is not a readable image" in output
     assert "missing.jpg" in output and "2 of 5 images were not encoded" in output
-    names = sorted(path.name for path in (tmp_path / "tokens").iterdir())
+    names = sorted(path.name for path in (tmp_path / "tokens").glob("*.safetensors"))
     assert names == ["blue.png.safetensors", "green.png.safetensors", "red.png.safetensors"]
     # Batching changes nothing.
     run("encode", good[2], "--out", "alone.safetensors")
@@ -141,10 +142,52 @@ def test_nothing_is_half_written(run, tmp_path, monkeypatch):
 
     path = picture(tmp_path / "a.png")
     (tmp_path / "tokens.safetensors").write_bytes(b"an earlier run")
-    monkeypatch.setattr("monkey_model.serving.encode_files.save_file", interrupted)
+    monkeypatch.setattr("monkey_model.serving.token_files.save_file", interrupted)
     run("encode", path, code=130)
     assert (tmp_path / "tokens.safetensors").read_bytes() == b"an earlier run"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "tokens.safetensors"]
+
+
+def test_shards_of_a_folder_are_resumed(run, tmp_path, checkpoint):
+    for name in ("red", "green", "blue"):
+        picture(tmp_path / "in" / f"{name}.png", name)
+    (tmp_path / "in" / "bad.jpg").write_bytes(b"no picture")
+    command = ["encode", "-r", "in", "--checkpoint", checkpoint, "--shard-size", "3",
+               "--store", "int8"]  # fmt: skip
+    output = run(*command, code=1)
+    assert "3 pictures -> tokens/tokens-00000.safetensors" in output
+    assert "1 of 4 images were not encoded: in/bad.jpg" in output
+    rows = {id: (tokens, error) for id, tokens, error in read_tokens("tokens")}
+    assert sorted(rows) == [
+        f"in/{name}" for name in ("bad.jpg", "blue.png", "green.png", "red.png")
+    ]
+    assert "not a readable image" in rows["in/bad.jpg"][1]
+    assert "go on with them by --resume" in run(*command, code=2)
+    output = run(*command, "--resume", code=1)
+    assert "pictures ->" not in output
+    assert "1 of 4 images were not encoded: 1 in earlier runs" in output
+    output = run(*command[:-1], "bf16", "--resume", code=2)
+    assert "store 'int8', not 'bf16'" in output
+
+
+def test_a_manifest_is_encoded_in_shares(run, tmp_path, checkpoint):
+    for name in ("red", "green", "blue"):
+        picture(tmp_path / "in" / f"{name}.png", name)
+    lines = [{"file": f"{name}.png", "key": name} for name in ("red", "green", "blue")]
+    (tmp_path / "in" / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    command = ["encode", "--manifest", "in/list.jsonl", "--checkpoint", checkpoint]
+    assert "line 1 must have 'image'" in run(*command, code=2)
+    command += ["--column", "file", "--id-column", "key"]
+    run(*command, "--shard", "0/2")
+    run(*command, "--shard", "1/2")
+    assert sorted(id for id, _, _ in read_tokens("tokens")) == ["blue", "green", "red"]
+    names = sorted(path.name for path in (tmp_path / "tokens").iterdir())
+    assert names == ["blue.safetensors", "green.safetensors", "manifest-0-of-2.jsonl",
+                     "manifest-1-of-2.jsonl", "red.safetensors"]  # fmt: skip
+    for wrong in ("2/2", "1", "x/2"):
+        assert "--shard must be I/N" in run(*command, "--shard", wrong, code=2)
+    assert "give IMAGE... or --manifest" in run(*command, "in/red.png", code=2)
+    assert "give IMAGE... or --manifest" in run("encode", code=2)
 
 
 def test_usage_errors(run, tmp_path, checkpoint):
@@ -206,18 +249,20 @@ def test_outputs_that_cannot_be_written(run, tmp_path):
     long = picture(tmp_path / ("x" * 250 + ".png"))
     output = run("encode", long, a, code=1)
     assert "1 of 2 images were not encoded" in output
-    assert [path.name for path in (tmp_path / "tokens").iterdir()] == ["a.png.safetensors"]
+    names = sorted(path.name for path in (tmp_path / "tokens").iterdir())
+    assert names == ["a.png.safetensors", "manifest.jsonl"]
 
 
-def test_a_full_disk_is_a_problem_of_the_image(run, tmp_path):
+def test_a_full_disk_is_one_line(run, tmp_path):
     a = picture(tmp_path / "a.png")
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
     try:
-        output = run("encode", a, code=1)
+        output = run("encode", a, code=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert f"Error: the tokens of {a} cannot be written" in output
+    errors = [line for line in output.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 1 and "tokens.safetensors cannot be written" in errors[0]
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
@@ -227,7 +272,7 @@ def test_names_are_no_markup(run, tmp_path):
     output = run("encode", *images, "--preview", "[bold]p[/].png")
     for name in [*strange[:3], "caf\\xe9.png", "-> [bold]p[/].png"]:
         assert name in output
-    assert len(list((tmp_path / "tokens").iterdir())) == 4
+    assert len(list((tmp_path / "tokens").glob("*.safetensors"))) == 4
     assert (tmp_path / "[bold]p[" / "].png").exists()
 
 
