@@ -36,7 +36,7 @@ stage() {
     shift 2
     [[ $wanted == *" $name "* ]] || return 0
     echo "== $name: at most $limit s"
-    timeout --signal=INT --kill-after=15 "$limit" "$@" 2>&1 | tee "$out/$name.log"
+    timeout --signal=INT --kill-after=30 "$limit" "$@" 2>&1 | tee "$out/$name.log"
     code=${PIPESTATUS[0]}
     [ "$code" -eq 0 ] || status=1
     echo "== $name: exit code $code after $((SECONDS - start)) s" | tee -a "$out/stages.txt"

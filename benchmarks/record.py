@@ -202,21 +202,20 @@ def tables(runs: Sequence[Run]) -> str:
 
 def targets(runs: Sequence[Run]) -> str:
     """What was to be reached (``targets.csv``), what was measured, and where."""
-    with open(Path(__file__).with_name("targets.csv"), newline="", encoding="utf-8") as file:
-        lines = [_target(target, runs) for target in csv.DictReader(file)]
+    lines = []
+    text = Path(__file__).with_name("targets.csv").read_text(encoding="utf-8")
+    for target in csv.DictReader(text.splitlines()):
+        relation, bound, unit = target["relation"], target["bound"], target["quantity"]
+        run = next((run for run in runs if target["where"] in (run.gpu or "CPU")), None)
+        value = measured(target, run) if run else None
+        found = "not measured yet"
+        if value is not None:
+            met = value >= float(bound) if relation == "at least" else value <= float(bound)
+            found = f"{value:.3g} {unit}, {'met' if met else '**missed**'}"
+        than = f" than {target['against']}" if target["against"] else ""
+        where = run.where if run else target["where"]
+        lines.append([target["what"], f"{relation} {bound} {unit}{than}", found, where])
     return table(["what", "target", "measured", "where"], lines)
-
-
-def _target(target: dict[str, str], runs: Sequence[Run]) -> list[str]:
-    relation, bound, unit = target["relation"], target["bound"], target["quantity"]
-    wanted = f"{relation} {bound} {unit}" + f" than {target['against']}" * bool(target["against"])
-    run = next((run for run in runs if target["where"] in (run.gpu or "CPU")), None)
-    value = measured(target, run) if run else None
-    if run is None or value is None:
-        return [target["what"], wanted, "not measured yet", run.where if run else target["where"]]
-    met = value >= float(bound) if relation == "at least" else value <= float(bound)
-    verdict = f"{value:.3g} {unit}, {'met' if met else '**missed**'}"
-    return [target["what"], wanted, verdict, run.where]
 
 
 def measured(target: dict[str, str], run: Run) -> float | None:

@@ -42,7 +42,7 @@ def test_row(benchmark, provider):
      ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL, True)],
 )  # fmt: skip
 def test_a_run_that_is_cut_short_keeps_its_rows(tmp_path, last, code, with_json):
-    """Compiled rivals are last, failures and what did not run are named."""
+    """Ours is first, compiled rivals are last; failures and what did not run are named."""
     (tmp_path / "test_rows.py").write_text(ROWS.format(last=last))
     (tmp_path / "test_lacking.py").write_text("import not_a_package")
     plugins = ["-p", "no:cacheprovider", "-p", "benchmarks.conftest"]
@@ -54,7 +54,7 @@ def test_a_run_that_is_cut_short_keeps_its_rows(tmp_path, last, code, with_json)
     assert done.returncode == code, done.stdout + done.stderr
     run = Run(tmp_path / ("some/folder.json" if with_json else ".benchmarks/run.json"))
     compiled = ["upstream, compiled"] * (last == "pass")
-    assert [row.provider for row in run.rows] == ["upstream", "ours", *compiled]
+    assert [row.provider for row in run.rows] == ["ours", "upstream", *compiled]
     reasons = {entry["name"]: entry["reason"] for entry in run.data["not_run"]}
     lacking = "ModuleNotFoundError: No module named 'not_a_package'"
     assert reasons == {

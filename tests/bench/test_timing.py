@@ -154,6 +154,34 @@ def test_a_user_waits_for_the_launches_too(gpu):
     assert gpu == ["wait", "read", "wait", "call", "wait"]
 
 
+def test_what_a_gpus_row_holds(gpu, monkeypatch):
+    """Median by events, shares of the roofline at it, memory beside what was there before."""
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 3 * 2**20)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 8 * 2**20)
+    monkeypatch.setattr(timing, "gemm_throughput", lambda: 1e12)
+    monkeypatch.setattr(timing, "copy_bandwidth", lambda: 1e9)
+    monkeypatch.setattr(timing, "_graphed", lambda call, rounds: f"{rounds} rounds")
+    monkeypatch.setattr(timing, "_SECONDS", 10.0)
+    monkeypatch.setattr(timing, "_FEWEST", 2)
+
+    def provider(launches):
+        return lambda x: [gpu.append("kernel") for _ in range(launches)] and x
+
+    providers = {"upstream": provider(3), "ours": provider(1)}
+    row = Recorder(timing.DeviceTime)
+    timing.measure(
+        row, providers, "ours", [torch.ones(1)], flop=1e12, bytes_moved=1e9, graph=True
+    )  # fmt: skip
+    assert row.stats["median"] == 2.0  # between its events: itself, and the first of them
+    info = row.extra_info
+    assert info["against"] == "upstream" and info["baseline"]["median"] == 4.0
+    assert info["peak MiB"] == 5 and info["as called"]["median"] >= 0
+    assert (info["TFLOP/s"], info["GB/s"]) == (0.5, 0.5)
+    assert (info["share of GEMM"], info["share of roofline"]) == (0.5, 0.5)
+    assert info["CUDA graph"] == "2 rounds"  # 6 s for both: what 10 s hold
+
+
 def test_kernels_alone_in_a_graph(gpu, monkeypatch):
     """Warmed up on the stream that is captured; what cannot be captured says why."""
 
