@@ -53,7 +53,6 @@ RECIPE: dict[str, Any] = {
     "save_strategy": "steps",
     "save_steps": 1000,
     "save_total_limit": 10,
-    "report_to": "none",
     "prediction_loss_only": True,
     "seed": 46,
     "dataloader_num_workers": 2,
@@ -146,6 +145,9 @@ class FinetuneConfig:
         lora: arguments of the LoRA preset, in mode ``"lora"``.
         unfreeze: arguments of ``unfreeze.ProgressiveUnfreeze``, if wanted.
         eval_data: conversations to evaluate on; ``training.eval_strategy`` says when.
+        sample_data: up to 100 conversations whose last answer the model gives at each evaluation,
+            into ``samples.jsonl`` and, with their pictures, TensorBoard.
+        sample_tokens: most tokens of such an answer.
         image_root: folder of relative image paths; by default that of each file of conversations.
         model_max_length: longest sequence in tokens; an image takes 1282. Upstream trains with
             2048, 4096 or 8192.
@@ -164,6 +166,7 @@ class FinetuneConfig:
         allow_pickle: whether the checkpoint's ``pytorch_model*.bin`` may be read where it has no
             safetensors; only from a source you trust.
         training: ``transformers.TrainingArguments`` that outrank :data:`RECIPE` and ``launch``.
+            Without ``report_to``, the run reports to TensorBoard if that is installed.
 
     Raises:
         TypeError: a value of another type.
@@ -178,6 +181,8 @@ class FinetuneConfig:
     lora: dict[str, Any] = field(default_factory=dict)
     unfreeze: dict[str, Any] | None = None
     eval_data: str | None = None
+    sample_data: str | None = None
+    sample_tokens: int = 32
     image_root: str | None = None
     model_max_length: int = 2048
     truncate_text: bool = False
@@ -207,7 +212,13 @@ class FinetuneConfig:
         check_choice("dtype", self.dtype, DTYPES)
         if self.quantization is not None:
             check_choice("quantization", self.quantization, QUANTIZATIONS)
-        check_positive_int("model_max_length", self.model_max_length)
+        for name in ("model_max_length", "sample_tokens"):
+            check_positive_int(name, getattr(self, name))
+        if self.sample_data is not None and self.sample_tokens >= self.model_max_length:
+            raise ValueError(
+                f"sample_tokens must be below model_max_length, {self.model_max_length}; got "
+                f"{self.sample_tokens}"
+            )
         for name in ("lora", "merge"):
             if getattr(self, name) and self.mode != "lora":
                 raise ValueError(f"{name} belongs to mode 'lora'; got mode {self.mode!r}")
@@ -313,7 +324,10 @@ def training_arguments(config: FinetuneConfig) -> TrainingArguments:
             refuses.
     """
     from transformers import TrainingArguments
-    from transformers.integrations import get_reporting_integration_callbacks
+    from transformers.integrations import (
+        get_reporting_integration_callbacks,
+        is_tensorboard_available,
+    )
 
     from monkey_model.transformers_compat import checkpointing_argument
 
@@ -331,8 +345,16 @@ def training_arguments(config: FinetuneConfig) -> TrainingArguments:
         "remove_unused_columns": False,
         "label_names": ["labels"],
     }
+    board = is_tensorboard_available()
+    given = {**RECIPE, "report_to": "tensorboard" if board else "none", **launch, **config.training}
+    report_to = given["report_to"] or []
+    if not board and "tensorboard" in ([report_to] if isinstance(report_to, str) else report_to):
+        raise ValueError(
+            "training.report_to is tensorboard, which is not installed: pip install "
+            '"monkey-vision[tensorboard]"'
+        )
     try:
-        arguments = TrainingArguments(**{**RECIPE, **launch, **config.training, **own})
+        arguments = TrainingArguments(**{**given, **own})
         for callback in get_reporting_integration_callbacks(arguments.report_to):
             callback()  # says what is not installed; the Trainer makes its own
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
@@ -340,6 +362,11 @@ def training_arguments(config: FinetuneConfig) -> TrainingArguments:
         raise ValueError(f"training is refused: {reason}") from error
     if arguments.eval_strategy != "no" and config.eval_data is None:
         raise ValueError("eval_data must be given with training.eval_strategy; got None")
+    if arguments.eval_strategy == "no" and config.sample_data is not None:
+        raise ValueError(
+            "sample_data must come with training.eval_strategy, which says when its questions are "
+            "answered; got none"
+        )
     if arguments.fp16 and arguments.device.type == "cpu":
         raise ValueError("dtype must be bfloat16 or float32 on a CPU; got 'float16'")
     return arguments

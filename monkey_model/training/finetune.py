@@ -7,8 +7,9 @@ config (``config``), make the batches (``conversations``) and look after the dir
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from monkey_model.training.conversations import (
     ConversationDataset,
     read_conversations,
 )
+from monkey_model.training.monitor import SampleAnswers, Speed
 from monkey_model.training.packing import PackedConversations, pack
 from monkey_model.training.peft_model import MonkeyPeftModel, adapter_weights, load_peft_model
 from monkey_model.training.peft_presets import NOT_QUANTISED, lora_config
@@ -70,7 +72,7 @@ _MODE_FLAGS = {
 
 
 class RunTrainer(Trainer):
-    """transformers' Trainer. It takes no step after the last, and names files that fail it.
+    """transformers' Trainer. It takes no step after the last, logs its speed, and names bad files.
 
     Args:
         run_settings: kept with each checkpoint.
@@ -80,6 +82,30 @@ class RunTrainer(Trainer):
     def __init__(self, *args: Any, run_settings: Mapping[str, Any], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.run_settings = run_settings
+        self.speed = Speed()
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, timed."""
+        return super().get_batch_samples(self.speed.start(epoch_iterator), *args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self.speed.stop()
+        if self.state.global_step >= self.state.max_steps:  # of fewer steps than logging_steps, too
+            self.control.should_log = True
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """transformers' own, after which training draws the numbers that it would have drawn."""
+        device = self.args.device
+        # Each iterator over a data loader draws a seed, even where nothing is shuffled.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            return super().evaluate(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """transformers' own; with the loss goes the speed."""
+        if "loss" in logs:
+            logs.update(self.speed.report(self.accelerator))
+        super().log(logs, *args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # transformers' own trains a step before it counts them. A run that was stopped between its
@@ -114,7 +140,8 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> FreezeReport | 
 
     ``output_dir`` gets ``checkpoint-STEP/`` while it runs and, at the end, ``model/`` (in mode
     ``"lora"`` adapters and resampler, else the whole model), ``merged/`` if asked for, and
-    ``loss.png``. Each appears whole or not at all.
+    ``loss.png``. Each appears whole or not at all. ``runs/`` is TensorBoard's, ``samples.jsonl``
+    has the answers to ``sample_data``.
 
     Args:
         config: what to do.
@@ -131,8 +158,9 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> FreezeReport | 
     """
     check_directory("checkpoint", config.checkpoint)
     check_file("data", config.data)
-    if config.eval_data is not None:
-        check_file("eval_data", config.eval_data)
+    for name in ("eval_data", "sample_data"):
+        if getattr(config, name) is not None:
+            check_file(name, getattr(config, name))
     if config.image_root is not None:
         check_directory("image_root", config.image_root)
     arguments = training_arguments(config)
@@ -166,6 +194,9 @@ def _train(
     callbacks: list[TrainerCallback] = [CompleteCheckpoints(limit)]
     if config.unfreeze is not None:
         callbacks.append(_progressive_unfreeze(config.unfreeze))
+    samples = None if config.sample_data is None else _samples(config, processor)
+    if samples is not None:
+        callbacks.append(samples)
     trainer = RunTrainer(
         model=model,
         args=arguments,
@@ -176,6 +207,8 @@ def _train(
         callbacks=callbacks,
         run_settings=settings,
     )
+    if samples is not None:
+        samples.attach(trainer)
     unmark_finished(config.output_dir)  # not before: until here anything may be refused
     try:
         trainer.train(resume_from_checkpoint=None if start is None else str(start))
@@ -301,19 +334,25 @@ def merge(
 
 
 def draw_loss_curve(history: Iterable[Mapping[str, Any]], path: str | Path) -> None:
-    """A PNG of the loss over the steps, of training and evaluation, from a Trainer's log."""
+    """A PNG of the loss over the steps, of training and evaluation, from a Trainer's log.
+
+    Where no finite loss was logged, it says so.
+    """
     history = list(history)
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for key, label, style in (("loss", "training", "-"), ("eval_loss", "evaluation", "o-")):
         points = [(entry["step"], float(entry[key])) for entry in history if key in entry]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label)
+        if any(math.isfinite(loss) for _, loss in points):
+            # A line of one point is not seen.
+            axes.plot(*zip(*points, strict=True), style if points[1:] else "o", label=label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="step", ylabel="loss")
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
+    else:
+        axes.text(0.5, 0.5, "no finite loss was logged", ha="center", transform=axes.transAxes)
     with atomic(Path(path)) as file:
         figure.savefig(file, dpi=120)
 
@@ -337,6 +376,16 @@ def _dataset(
             f"{len(dataset)} conversations are packed into {len(packs)} sequences: {share:.0%} full"
         )
     return PackedConversations(dataset, packs)
+
+
+def _samples(config: FinetuneConfig, processor: MonkeyProcessor) -> SampleAnswers:
+    assert config.sample_data is not None
+    conversations = read_conversations(
+        config.sample_data,
+        image_root=config.image_root,
+        check_images=PartialState().is_main_process,
+    )
+    return SampleAnswers(conversations, processor, config.model_max_length, config.sample_tokens)
 
 
 def _progressive_unfreeze(settings: dict[str, Any]) -> ProgressiveUnfreeze:

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 #: Settings that a resumed run may change: they decide what is written and shown, and where the work
 #: is done, not what is learned. ``launch`` counts through the arguments that it stands for.
 FREE = (
-    "output_dir", "eval_data", "gradient_checkpointing", "launch", "merge", "allow_pickle",
+    "output_dir", "eval_data", "sample_data", "sample_tokens", "gradient_checkpointing", "launch",
+    "merge", "allow_pickle",
 )  # fmt: skip
 #: Beginnings of the names of ``TrainingArguments`` for which the same holds.
 FREE_TRAINING = (
@@ -46,7 +47,7 @@ def run_settings(config: FinetuneConfig, arguments: TrainingArguments) -> dict[s
     settings = {key: value for key, value in asdict(config).items() if key not in FREE[:1]}
     settings["training"] = {**RECIPE, **launch_arguments(config.launch), **config.training}
     settings["processes"] = arguments.world_size
-    for name in ("checkpoint", "data", "eval_data", "image_root"):
+    for name in ("checkpoint", "data", "eval_data", "sample_data", "image_root"):
         if settings[name] is not None:  # the same run, however its paths are spelled
             settings[name] = {"path": os.path.realpath(settings[name])}
     settings["checkpoint"]["sha256"] = _digest_of_directory(Path(config.checkpoint))

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from monkey_model.training.config import launch_arguments
+from monkey_model.training.monitor import SAMPLES
 from monkey_model.training.run_directory import FINISHED, checkpoints, only_run
 from tests.helpers.checkpoint import write_checkpoint, write_data
 
@@ -38,6 +39,7 @@ TRAINING = {
     "save_steps": 2,
     "dataloader_num_workers": 0,
     "disable_tqdm": True,
+    "report_to": "none",
 }
 
 
@@ -45,6 +47,7 @@ TRAINING = {
 def train(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
     checkpoint, data = write_checkpoint(folder / "checkpoint"), write_data(folder)
+    samples = write_data(folder, 2, "samples.json")
 
     def train(name, processes, launch="ddp", *flags, dtype="float32"):
         """The output directory, the losses of its last checkpoint, and the adapter."""
@@ -64,6 +67,9 @@ def train(tmp_path_factory):
             "merge": True,
             "training": training,
         }
+        if processes > 1:  # watched, which changes nothing
+            config |= {"eval_data": str(samples), "sample_data": str(samples), "sample_tokens": 3}
+            training |= {"eval_strategy": "steps", "eval_steps": 2}
         (folder / f"{name}.json").write_text(json.dumps(config))
         done = run(name, processes, *flags)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
@@ -126,6 +132,9 @@ def test_two_processes_agree_with_one(train, alone, together):
         assert steps and max(steps) > 1e-4, part
     assert (output / "checkpoint-4" / "complete").is_file()
     assert (output / "loss.png").is_file()
+    lines = [json.loads(line) for line in (output / SAMPLES).read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 2, 4, 4]
+    assert [line["expected"] for line in lines] == ["red", "green"] * 2
     assert load_file(output / "merged" / "model.safetensors").keys() == before.keys()
 
 

@@ -59,6 +59,7 @@ TRAINING = {
     "save_steps": 10,
     "dataloader_num_workers": 0,
     "disable_tqdm": True,
+    "report_to": "none",
 }
 
 

@@ -159,7 +159,7 @@ def test_a_packed_run_is_the_unpacked_one(tmp_path, monkeypatch, capsys):
         training = {
             "use_cpu": True, "max_steps": 3, "per_device_train_batch_size": rows,
             "gradient_accumulation_steps": 1, "learning_rate": 1e-3, "dataloader_num_workers": 0,
-            "disable_tqdm": True, "adam_epsilon": 1e-3, "warmup_steps": 0,
+            "disable_tqdm": True, "report_to": "none", "adam_epsilon": 1e-3, "warmup_steps": 0,
         }  # fmt: skip
         out = tmp_path / str(packing)
         finetune(
