@@ -331,11 +331,10 @@ def training_arguments(config: FinetuneConfig) -> TrainingArguments:
 
     from monkey_model.transformers_compat import checkpointing_argument
 
-    known = {f.name: f.type for f in fields(TrainingArguments) if f.init}
     launch = launch_arguments(config.launch)
     for section, given in (("launch", launch), ("training", config.training)):
-        _check_arguments(section, given, known)
-    checkpointing = checkpointing_argument(known)
+        check_arguments(section, given)
+    checkpointing = checkpointing_argument([f.name for f in fields(TrainingArguments)])
     own = {
         "output_dir": config.output_dir,
         "bf16": config.dtype == "bfloat16",
@@ -372,8 +371,17 @@ def training_arguments(config: FinetuneConfig) -> TrainingArguments:
     return arguments
 
 
-def _check_arguments(section: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    """``known`` are the arguments' types: transformers itself checks none."""
+def check_arguments(section: str, given: Mapping[str, Any]) -> None:
+    """``given`` are ``TrainingArguments`` that a file may set, of their types.
+
+    transformers itself checks few of them, and some only when the model has loaded.
+
+    Raises:
+        ValueError: one that is not; each by ``section`` and its name.
+    """
+    from transformers import TrainingArguments
+
+    known = {f.name: f.type for f in fields(TrainingArguments) if f.init}
     for key in given:
         if key in _OWN:
             raise ValueError(f"{section}.{key} is set by {_OWN[key]}; remove it")
@@ -382,6 +390,8 @@ def _check_arguments(section: str, given: Mapping[str, Any], known: Mapping[str,
         name, hint = f"{section}.{key}", known[key]
         kinds = {get_origin(kind) or kind for kind in (get_args(hint) or (hint,))}
         numbers = kinds & {int, float}
+        if kinds - {type(None)} == {str}:  # `fsdp`, too, which takes more than it says
+            continue
         if type(value) not in kinds | ({int} if numbers else set()):
             words = {bool: "true or false", str: "a text", dict: "a section", list: "a list"}
             expected = [word for kind, word in words.items() if kind in kinds]

@@ -32,6 +32,7 @@ from monkey_model.training import finetune as module
 from monkey_model.training.config import (
     RECIPE,
     FinetuneConfig,
+    check_arguments,
     launch_arguments,
     load_config,
     training_arguments,
@@ -629,6 +630,7 @@ def test_bad_config_files(tmp_path):
         training_arguments(FinetuneConfig("c", "d", str(tmp_path), launch=str(path)))
     for name in ("ddp", "fsdp2", "zero2", "zero3"):
         assert launch_arguments(name)
+        check_arguments("launch", launch_arguments(name))
 
 
 def test_zero3_keeps_the_position_table_of_the_published_size_whole():
