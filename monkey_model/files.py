@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
+import logging
 import os
 import pickle
 import re
 import shutil
+import socket
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 
 def check_directory(name: str, path: str | Path) -> None:
@@ -228,6 +233,69 @@ def flush(directory: Path) -> None:
                 os.fsync(file)
             finally:
                 os.close(file)
+
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+def take_lock(path: Path, wanted: str, where: Path) -> int:
+    """Lock a file, which is made if it is not there; it says who holds it.
+
+    The lock ends with the process, however that ends. Where the file system has no locks, a warning
+    says so.
+
+    Args:
+        path: of the file.
+        wanted: what has to be so, in the error: ``"output_dir must have no other run"``.
+        where: what is written to, in the error.
+
+    Returns:
+        A file descriptor, for :func:`release_lock`.
+
+    Raises:
+        OSError: the file cannot be made or written.
+        ValueError: another process holds the lock.
+    """
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        _hold(file, wanted, where)
+        # Its last holder may have removed the file since: that is a lock for nobody.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), os.stat(path)):
+                break
+        os.close(file)
+    os.truncate(file, 0)
+    os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    return file
+
+
+def _hold(file: int, wanted: str, where: Path) -> None:
+    import fcntl  # encoding alone runs where there is none
+
+    try:
+        # Not flock: the workers of a data loader would inherit it, and outlive a killed run.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            logger.warning(
+                "%s is on a file system without locks (%s): make sure that nothing else writes "
+                "there",
+                where,
+                error.strerror,
+            )
+            return
+        holder = os.read(file, 200).decode(errors="replace").strip() or "another process"
+        os.close(file)
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise ValueError(f"{wanted}; {holder} is writing to {where}") from None
+        raise
+
+
+def release_lock(path: Path, file: int) -> None:
+    """Give back what :func:`take_lock` returned, and remove its file."""
+    with suppress(OSError):  # a disk that has gone away has no lock to remove
+        os.unlink(path)
+    os.close(file)
 
 
 @contextmanager

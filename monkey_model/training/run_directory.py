@@ -9,14 +9,11 @@ On several processes the main one (rank 0) looks and decides, and tells the othe
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import logging
 import os
 import re
 import shutil
-import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -35,6 +32,8 @@ from monkey_model.files import (
     flush,
     list_problems,
     read_json,
+    release_lock,
+    take_lock,
     writing,
 )
 from monkey_model.training.run_settings import check_same_run
@@ -56,7 +55,6 @@ FINISHED = "finished.json"
 LOCK = ".lock"
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def checkpoints(output_dir: str | Path) -> dict[int, Path]:
@@ -206,54 +204,21 @@ def only_run(output_dir: str | Path) -> Iterator[None]:
         yield
     finally:
         for file in held:
-            with suppress(OSError):  # a disk that has gone away has no lock to remove
-                os.unlink(directory / LOCK)
-                if made:
+            release_lock(directory / LOCK, file)
+            if made:
+                with suppress(OSError):
                     os.rmdir(directory)  # if the run has left nothing in it
-            os.close(file)
 
 
 def _lock(directory: Path) -> int:
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        while True:
-            file = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-            _hold(file, directory)
-            # Its last holder may have removed the file since: that is a lock for nobody.
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file), os.stat(directory / LOCK)):
-                    break
-            os.close(file)
+        return take_lock(directory / LOCK, "output_dir must have no other run", directory)
     except OSError as error:
         raise type(error)(
             f"output_dir must be a directory that can be written to; got {directory}: "
             f"{error.strerror}"
         ) from None
-    os.truncate(file, 0)
-    os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-    return file
-
-
-def _hold(file: int, directory: Path) -> None:
-    try:
-        # Not flock: the workers of a data loader would inherit it, and outlive a killed run.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in _NO_LOCKS:
-            logger.warning(
-                "%s is on a file system without locks (%s): make sure that no other run writes "
-                "there",
-                directory,
-                error.strerror,
-            )
-            return
-        holder = os.read(file, 200).decode(errors="replace").strip() or "another process"
-        os.close(file)
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise ValueError(
-                f"output_dir must have no other run; {holder} is writing to {directory}"
-            ) from None
-        raise
 
 
 def starting_point(output_dir: str | Path, resume: bool) -> Path | None:
