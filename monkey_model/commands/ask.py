@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +20,38 @@ from monkey_model.commands.console import (
     say,
     usable_device,
 )
+
+if TYPE_CHECKING:
+    from monkey_model.serving.answer import Answerer, Question
+
+
+class DeviceMap(str, Enum):
+    auto = "auto"
+    balanced = "balanced"
+    sequential = "sequential"
+
+
+class Quantization(str, Enum):
+    four = "4bit"
+    eight = "8bit"
+
+
+def _answer(answerer: Answerer, question: Question, checkpoint: str | None) -> None:
+    """Print an answer: as JSON if a checkpoint is given, on a terminal as it is written."""
+    from monkey_model.serving.answer import answer_record
+
+    if checkpoint is not None or not out_console.is_terminal:
+        (answer,) = answerer.answer([question])
+        if checkpoint is None:
+            say(out_console, answer)
+        else:
+            typer.echo(answer_record(question, answer, checkpoint), nl=False)
+        return
+    written = ""
+    for text in answerer.stream(answerer.prompt(question), answerer.read_images(question)):
+        say(out_console, text[len(written) :], end="")
+        written = text
+    say(out_console, "")
 
 
 def ask(
@@ -39,7 +73,17 @@ def ask(
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Ask in ChatML.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the answer as a line of --out's.")
+    ] = False,
     device: DeviceOption = None,
+    device_map: Annotated[
+        DeviceMap | None,
+        typer.Option(help="Spread the model over all GPUs, and what is left over the CPU."),
+    ] = None,
+    quantization: Annotated[
+        Quantization | None, typer.Option(help="Weights in 4 or 8 bits, by bitsandbytes.")
+    ] = None,
     dtype: DTypeOption = None,
     allow_pickle: PickleOption = False,
 ) -> None:
@@ -48,6 +92,10 @@ def ask(
     many = image is None and question is None and batch is not None and out is not None
     if not (single or many):
         raise typer.BadParameter("give IMAGE and QUESTION, or --batch and --out")
+    if as_json and many:
+        raise typer.BadParameter("--json is for one question; --out has such lines anyway")
+    if device is not None and device_map is not None:
+        raise typer.BadParameter("give --device, for one, or --device-map, for all GPUs")
     if batch is not None and out is not None:
         if out.is_dir():
             raise typer.BadParameter(f"--out must be a file; got the directory {out}")
@@ -59,34 +107,44 @@ def ask(
         Question,
         answer_file,
         read_questions,
-        unanswered,
     )
 
-    problems: list[str] = []
-    try:
-        if batch is not None and out is not None:
-            questions, problems = read_questions(batch, image_root)
-            for problem in problems:
-                report(problem)
-            unanswered(questions, out)  # what is wrong there should not wait for the model
+    def load() -> Answerer:
         target = usable_device(device)
-        answerer = Answerer.from_pretrained(
+        if device_map is not None and target.type == "cpu":
+            raise ValueError(
+                f"--device-map {device_map.value} spreads a model over GPUs; torch finds none here"
+            )
+        # It says that 8-bit products round their inputs, of each product anew.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        return Answerer.from_pretrained(
             checkpoint,
             device=target,
             dtype=default_dtype(dtype, target),
+            device_map=None if device_map is None else device_map.value,
+            quantization=None if quantization is None else quantization.value,
             allow_pickle=allow_pickle,
             chat=chat,
             max_new_tokens=max_new_tokens,
         )
+
+    problems: list[str] = []
+    whose = str(checkpoint.resolve())
+    try:
         if batch is None or out is None:
-            say(out_console, answerer.answer([Question(str(question), (image,))])[0])
+            one = Question(str(question), (image,), 1)
+            _answer(load(), one, whose if as_json else None)
             return
+        questions, problems = read_questions(batch, image_root)
+        for problem in problems:
+            report(problem)
         with progress_bar("Asking") as progress:
             task = progress.add_task("Asking", total=len(questions))
             failed = answer_file(
-                answerer,
+                load,
                 questions,
                 out,
+                checkpoint=whose,
                 batch_size=batch_size,
                 on_done=lambda count: progress.advance(task, count),
                 on_problem=report,

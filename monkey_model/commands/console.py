@@ -45,10 +45,10 @@ PickleOption = Annotated[
 ]
 
 
-def say(console: Console, message: str) -> None:
+def say(console: Console, message: str, end: str = "\n") -> None:
     """Print ``message`` as it is."""
     # File names may hold what Rich takes for markup or emoji.
-    console.print(message, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    console.print(message, markup=False, emoji=False, highlight=False, soft_wrap=True, end=end)
 
 
 def report(message: str) -> None:

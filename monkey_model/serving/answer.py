@@ -23,12 +23,16 @@ from monkey_model.files import (
     parse_json,
     read_json,
     read_text,
+    release_lock,
+    take_lock,
+    writing,
 )
 from monkey_model.inputs.fetch import SCHEME
 from monkey_model.inputs.prompts import GROUNDING, check_no_surrogates
 from monkey_model.processing_monkey import MonkeyProcessor
 from monkey_model.serving.pipeline import in_batches, read_ahead
 from monkey_model.training.peft_model import adapter_weights, load_peft_model
+from monkey_model.training.peft_presets import quantization_config
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,8 @@ class Answerer:
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        device_map: str | None = None,
+        quantization: str | None = None,
         allow_pickle: bool = False,
         **settings: Any,
     ) -> Answerer:
@@ -90,15 +96,24 @@ class Answerer:
             checkpoint: directory. The latter names the checkpoint that it belongs to.
             device: to run on.
             dtype: of weights and arithmetic.
+            device_map: accelerate's, such as ``"auto"``, in place of ``device``.
+            quantization: ``"4bit"`` or ``"8bit"``: of the weights, all but the head's, the
+                resampler's and the adapters'. A LoRA adapter is then not merged.
             allow_pickle: as in :func:`monkey_model.checkpoint.load_model`, of adapters too.
             settings: chat, max_new_tokens and template.
 
         Raises:
-            OSError, ValueError: a checkpoint that is not there, or not whole.
+            OSError, ValueError: a checkpoint that is not there, or not whole; a ``quantization``
+                that cannot run.
         """
         directory = Path(checkpoint)
         check_directory("checkpoint", directory)
         loading: dict[str, Any] = {"dtype": dtype, "allow_pickle": allow_pickle}
+        if quantization is not None:
+            only = torch.device(device) if device_map is None else None
+            loading["quantization_config"] = quantization_config(quantization, dtype, only)
+        if device_map is not None or quantization is not None:
+            loading["device_map"] = device_map or {"": device}
         adapter = directory / "adapter_config.json"
         if adapter.is_file():
             name = "base_model_name_or_path"
@@ -108,10 +123,12 @@ class Answerer:
             adapter_weights(directory, allow_pickle)
             model: Any = load_model(base, f"{name} of the adapter", **loading)
             model = load_peft_model(model, directory, allow_pickle=allow_pickle)
-            model = model.merge_and_unload()
+            if quantization is None:  # it would be rounded with the weights
+                model = model.merge_and_unload()
         else:
             model = load_model(directory, **loading)
-        model = model.to(device=device, dtype=dtype)
+        if "device_map" not in loading:
+            model = model.to(device=device, dtype=dtype)
         return cls(model, load_processor(directory), **settings)
 
     def read_images(self, question: Question) -> list[Tensor]:
@@ -284,7 +301,9 @@ def _is_something_else(torn: bytes) -> bool:
         return False
 
 
-def unanswered(questions: Sequence[Question], path: str | Path) -> list[Question]:
+def unanswered(
+    questions: Sequence[Question], path: str | Path, checkpoint: str | None = None
+) -> list[Question]:
     """The questions that an answer file does not answer yet.
 
     A last line that was cut off in writing is removed from the file.
@@ -292,12 +311,13 @@ def unanswered(questions: Sequence[Question], path: str | Path) -> list[Question
     Args:
         questions: with ids of their own.
         path: JSONL as :func:`answer_file` writes it; need not exist.
+        checkpoint: whose answers they have to be, where they say so.
 
     Raises:
         OSError: the file cannot be read.
         TypeError: a question with a picture that is no path.
-        ValueError: a line is no answer, or answers another question than that of its id: another
-            text, or other pictures. The file is then left as it is.
+        ValueError: a line is no answer, is that of another checkpoint, or answers another question
+            than that of its id: another text, or other pictures. The file is then left as it is.
     """
     path = Path(path)
     asked = {question.id: _recorded(question) for question in questions}
@@ -315,6 +335,12 @@ def unanswered(questions: Sequence[Question], path: str | Path) -> list[Question
             raise ValueError(
                 f"{path}, line {number} must be an answer, with 'id', 'images', 'question' and "
                 f"'answer'{got}"
+            )
+        whose = record.get("checkpoint", checkpoint)
+        if checkpoint is not None and whose != checkpoint:
+            raise ValueError(
+                f"{path} has answers of the checkpoint {whose}, not of {checkpoint}: write to "
+                "another file"
             )
         answered[record["id"]] = record
     begin = b'{"id": '
@@ -371,11 +397,24 @@ def _same(key: str, old: Any, new: Any) -> bool:
     return old == new
 
 
+def answer_record(question: Question, answer: str, checkpoint: str | None = None) -> bytes:
+    """The line of an answer file: ``{"id", "images", "question", "answer", "checkpoint"}``.
+
+    Raises:
+        TypeError: a picture that is no path.
+    """
+    whose = {} if checkpoint is None else {"checkpoint": checkpoint}
+    record = {**_recorded(question), "answer": answer, **whose}
+    # A path that is no UTF-8 has half surrogates, and JSON the same escapes.
+    return (json.dumps(record, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+
+
 def answer_file(
-    answerer: Answerer,
+    answerer: Answerer | Callable[[], Answerer],
     questions: Sequence[Question],
     out: str | Path,
     *,
+    checkpoint: str | None = None,
     batch_size: int = 1,
     on_done: Callable[[int], None] = lambda count: None,
     on_problem: Callable[[str], None] = lambda message: None,
@@ -383,9 +422,10 @@ def answer_file(
     """Answer the questions that ``out`` does not answer yet, and append to it, line by line.
 
     Args:
-        answerer: who answers.
+        answerer: who answers, or what makes it, which is called only if something is left to do.
         questions: with ids of their own.
-        out: JSONL of ``{"id", "images", "question", "answer"}``.
+        out: JSONL of ``{"id", "images", "question", "answer"}``. One process at a time writes it.
+        checkpoint: what the answers say whose they are, if given.
         batch_size: questions at a time.
         on_done: called with the number of questions that are through, answered or not.
         on_problem: called with what is wrong with a question that cannot be answered.
@@ -396,13 +436,39 @@ def answer_file(
     Raises:
         OSError: ``out`` cannot be written.
         TypeError: a question with a picture that is no path.
-        ValueError: it holds something else than answers, or answers to other questions.
+        ValueError: it holds something else than answers, answers to other questions, or those of
+            another checkpoint; or another process is writing to it.
     """
     check_positive_int("batch_size", batch_size)
-    left = unanswered(questions, out)
-    on_done(len(questions) - len(left))
+    out = Path(out)
+    real = Path(os.path.realpath(out))
+    lock = real.with_name(f".{real.name}.lock")
+    with writing(out):
+        real.parent.mkdir(parents=True, exist_ok=True)
+        held = take_lock(lock, "a file of answers must have one writer", out)
+    try:
+        left = unanswered(questions, out, checkpoint)
+        on_done(len(questions) - len(left))
+        if not left:
+            out.touch()
+            return 0
+        if not isinstance(answerer, Answerer):
+            answerer = answerer()
+        return _answer_left(answerer, left, out, checkpoint, batch_size, on_done, on_problem)
+    finally:
+        release_lock(lock, held)
+
+
+def _answer_left(
+    answerer: Answerer,
+    left: Sequence[Question],
+    out: Path,
+    checkpoint: str | None,
+    batch_size: int,
+    on_done: Callable[[int], None],
+    on_problem: Callable[[str], None],
+) -> int:
     failed = 0
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
     # Unbuffered: each write is one call of the system, which appends all of it.
     with open(out, "ab", buffering=0) as file:
         read = read_ahead(left, lambda question, _: answerer.read_images(question))
@@ -417,9 +483,6 @@ def answer_file(
             if readable:
                 asked, pictures = zip(*readable, strict=True)
                 for question, answer in zip(asked, answerer.answer(asked, pictures), strict=True):
-                    record = {**_recorded(question), "answer": answer}
-                    line = json.dumps(record, ensure_ascii=False) + "\n"
-                    # A path that is no UTF-8 has half surrogates, and JSON the same escapes.
-                    file.write(line.encode(errors="backslashreplace"))
+                    file.write(answer_record(question, answer, checkpoint))
             on_done(len(batch))
     return failed

@@ -20,7 +20,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import nn
 from transformers import (
-    BitsAndBytesConfig,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -47,7 +46,7 @@ from monkey_model.training.conversations import (
 from monkey_model.training.monitor import SampleAnswers, Speed
 from monkey_model.training.packing import PackedConversations, pack
 from monkey_model.training.peft_model import MonkeyPeftModel, adapter_weights, load_peft_model
-from monkey_model.training.peft_presets import NOT_QUANTISED, lora_config
+from monkey_model.training.peft_presets import lora_config, quantization_config
 from monkey_model.training.run_directory import (
     CompleteCheckpoints,
     begin_checkpoint,
@@ -252,12 +251,8 @@ def build_model(
     dtype = getattr(torch, config.dtype)
     settings: dict[str, Any] = {"dtype": dtype, "allow_pickle": config.allow_pickle}
     if config.quantization is not None:
-        settings["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=config.quantization == "4bit",
-            load_in_8bit=config.quantization == "8bit",
-            bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_quant_type="nf4",
-            llm_int8_skip_modules=NOT_QUANTISED,
+        settings["quantization_config"] = quantization_config(
+            config.quantization, dtype, arguments.device
         )
         settings["device_map"] = {"": arguments.device}
     # The whole path: an adapter names its checkpoint by it, wherever it is asked from.

@@ -16,12 +16,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
+import torch
 from peft import LoraConfig
 from torch import nn
+from transformers import BitsAndBytesConfig
 
 from monkey_kernels.checks import check_choice, check_int, check_number
+from monkey_model.training.config import QUANTIZATIONS
 from monkey_model.visual import VisionTransformer
 
 #: The layers of each part that LoRA can wrap. peft matches a pattern against the whole name.
@@ -36,9 +40,45 @@ TARGETS = {
 
 #: The modules that bitsandbytes must not quantise: the head, whose rounding every logit would show,
 #: and the resampler and the per-crop adapters, which train as they are. transformers matches a
-#: pattern from the start of the name. To be used as
-#: ``BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=NOT_QUANTISED)``.
+#: pattern from the start of the name.
 NOT_QUANTISED = [r"lm_head", r".*\.attn_pool", r".*_lora"]
+
+
+def quantization_config(
+    quantization: str, dtype: torch.dtype, device: torch.device | None = None
+) -> BitsAndBytesConfig:
+    """How ``from_pretrained`` is to quantise a Monkey model.
+
+    Args:
+        quantization: ``"4bit"`` (NF4) or ``"8bit"``.
+        dtype: of the arithmetic.
+        device: that it has to run on, if that is known.
+
+    Raises:
+        ValueError: another one; bitsandbytes is not installed, or has nothing for the device.
+    """
+    check_choice("quantization", quantization, QUANTIZATIONS)
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"quantization {quantization} needs bitsandbytes: pip install "
+            '"monkey-vision[quantization]"'
+        )
+    if device is not None:
+        from bitsandbytes import supported_torch_devices
+
+        if device.type not in supported_torch_devices:
+            raise ValueError(
+                f"quantization {quantization} runs on "
+                f"{', '.join(sorted(supported_torch_devices))}; "
+                f"got the device {device}"
+            )
+    return BitsAndBytesConfig(
+        load_in_4bit=quantization == "4bit",
+        load_in_8bit=quantization == "8bit",
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_type="nf4",
+        llm_int8_skip_modules=NOT_QUANTISED,
+    )
 
 
 def lora_config(

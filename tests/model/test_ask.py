@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
@@ -11,11 +12,14 @@ import shutil
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from monkey_model.commands.__main__ import app
+from monkey_model.commands.ask import Quantization
 from monkey_model.serving.answer import Answerer, Question, answer_file, read_questions, unanswered
+from monkey_model.training.config import QUANTIZATIONS
 from monkey_model.training.peft_model import MonkeyPeftModel
 from monkey_model.training.peft_presets import lora_config
 from tests.helpers.checkpoint import COLOURS, write_checkpoint, write_data
@@ -465,3 +469,189 @@ def test_usage_errors(checkpoint, pictures, run):
     batch.write_bytes(b'{"id": "\xff"}')
     output = run("--batch", batch, "--out", out, "--checkpoint", checkpoint, code=2).output
     assert "must be UTF-8" in output
+
+
+# ---- one writer, one model ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """It must not be loaded."""
+
+    def fails(*args, **settings):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(Answerer, "from_pretrained", fails)
+
+
+def test_nothing_to_answer_loads_no_model(answerer, checkpoint, pictures, run, no_model):
+    batch, out = write_lines(pictures / "in.jsonl", ""), pictures / "new" / "out.jsonl"
+    run("--batch", batch, "--out", out, "--checkpoint", checkpoint)
+    assert out.read_bytes() == b""
+    write_lines(batch, {"id": 1, "image": "red.png", "question": "?"})
+    questions, _ = read_questions(batch)
+    answer_file(answerer, questions, out)
+    before = out.read_bytes()
+    run("--batch", batch, "--out", out, "--checkpoint", checkpoint)
+    assert out.read_bytes() == before
+    assert [path.name for path in out.parent.iterdir()] == ["out.jsonl"]  # and no lock
+
+
+def test_a_second_writer_is_refused_before_its_model_loads(pictures, checkpoint, run, no_model):
+    batch = write_lines(pictures / "in.jsonl", {"image": "red.png", "question": "?"})
+    out = pictures / "out.jsonl"
+    link = pictures / "link.jsonl"
+    link.symlink_to(out)
+    ready, say_ready = os.pipe()
+    until_closed, close = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(close)
+
+        def answerer():
+            os.write(say_ready, b".")
+            os.read(until_closed, 1)
+            os._exit(0)
+
+        answer_file(answerer, read_questions(batch)[0], out)
+    assert os.read(ready, 1) == b"."
+    for name in (out, link):
+        done = run("--batch", batch, "--out", name, "--checkpoint", checkpoint, code=2)
+        assert f"a file of answers must have one writer; process {pid} on " in done.stderr
+        assert f" is writing to {name}\n" in done.stderr
+    os.close(close)
+    os.waitpid(pid, 0)
+    with pytest.raises(AssertionError, match="loaded"):  # the lock went with its process
+        answer_file(Answerer.from_pretrained, read_questions(batch)[0], out)
+
+
+def test_answers_of_two_checkpoints_do_not_mix(checkpoint, pictures, run):
+    batch, out = pictures / "in.jsonl", pictures / "out.jsonl"
+    rows = [{"id": n, "image": "red.png", "question": "?"} for n in range(3)]
+    ask = ("--batch", batch, "--out", out, "--max-new-tokens", "4", "--device", "cpu")
+    write_lines(batch, rows[0])
+    run(*ask, "--checkpoint", checkpoint)
+    (record,) = map(json.loads, out.open())
+    assert record["checkpoint"] == str(checkpoint)
+    write_lines(batch, *rows[:2])
+    other = pictures / "other"
+    other.symlink_to(shutil.copytree(checkpoint, pictures / "copy"))
+    before = out.read_bytes()
+    done = run(*ask, "--checkpoint", other, code=2)
+    copy = pictures / "copy"
+    expected = f"answers of the checkpoint {checkpoint}, not of {copy}: write to another file"
+    assert expected in done.stderr and out.read_bytes() == before
+    # Answers that do not say whose they are are gone on with.
+    del record["checkpoint"]
+    write_lines(out, record)
+    run(*ask, "--checkpoint", other)
+    assert [json.loads(line).get("checkpoint") for line in out.open()] == [None, str(copy)]
+
+
+# ---- one question -------------------------------------------------------------------------------
+
+
+def test_json_is_a_line_of_an_answer_file(answerer, checkpoint, pictures, run):
+    picture = str(pictures / "red.png")
+    done = run(picture, "Colour?", "--checkpoint", checkpoint, "--max-new-tokens", "8",
+               "--device", "cpu", "--json")  # fmt: skip
+    (answer,) = answerer.answer([Question("Colour?", (picture,))])
+    record = {"id": 1, "images": [picture], "question": "Colour?", "answer": answer}
+    assert json.loads(done.stdout) == {**record, "checkpoint": str(checkpoint)}
+    assert done.stdout.endswith("}\n")
+
+
+def test_a_terminal_gets_the_answer_as_it_is_written(
+    answerer, checkpoint, pictures, run, monkeypatch
+):
+    pieces = []
+
+    class Terminal(io.StringIO):
+        def write(self, text):
+            pieces.append(text)
+            return super().write(text)
+
+    terminal = Terminal()
+    monkeypatch.setattr(
+        "monkey_model.commands.ask.out_console", Console(file=terminal, force_terminal=True)
+    )
+    picture = str(pictures / "red.png")
+    run(picture, "Colour?", "--checkpoint", checkpoint, "--max-new-tokens", "8", "--device", "cpu")
+    (answer,) = answerer.answer([Question("Colour?", (picture,))])
+    assert terminal.getvalue() == answer + "\n"
+    assert sum(piece.strip() != "" for piece in pieces) > 1
+
+
+# ---- several GPUs, few bits ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quantization, dtype", [("4bit", torch.uint8), ("8bit", torch.int8)])
+def test_quantised_weights_answer(pictures, tmp_path, run, caplog, quantization, dtype):
+    pytest.importorskip("bitsandbytes")
+    checkpoint = write_checkpoint(tmp_path / "wide", visual={"width": 64})  # it packs blocks of 64
+    few = Answerer.from_pretrained(checkpoint, quantization=quantization, max_new_tokens=8)
+    assert few.model.transformer.h[0].mlp.w1.weight.dtype == dtype
+    assert few.model.lm_head.weight.dtype == torch.float32
+    picture = str(pictures / "red.png")
+    question = Question("Colour?", (picture,))
+    (answer,) = few.answer([question])
+    caplog.clear()
+    done = run(picture, "Colour?", "--checkpoint", checkpoint, "--max-new-tokens", "8",
+               "--device", "cpu", "--quantization", quantization)  # fmt: skip
+    assert done.stdout.strip() == answer != ""
+    assert "MatMul8bitLt" not in caplog.text  # a line for each product
+
+    # A LoRA adapter answers beside them, unrounded.
+    base = Answerer.from_pretrained(checkpoint)
+    model = MonkeyPeftModel(base.model, lora_config(base.model))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    model.save_pretrained(tmp_path / "adapter")
+    base.processor.save_pretrained(tmp_path / "adapter")
+    tuned = Answerer.from_pretrained(
+        tmp_path / "adapter", quantization=quantization, max_new_tokens=8
+    )
+    assert isinstance(tuned.model, MonkeyPeftModel)
+    *_, streamed = tuned.stream(tuned.prompt(question), tuned.read_images(question))
+    assert [streamed] == tuned.answer([question]) != [answer]
+
+
+def test_a_device_map_answers_the_same(answerer, checkpoint, pictures, run, monkeypatch):
+    """accelerate's own, of which a machine without a GPU has the CPU alone."""
+    monkeypatch.setattr(
+        "monkey_model.commands.ask.usable_device", lambda name: torch.device("cuda")
+    )
+    picture = str(pictures / "red.png")
+    done = run(picture, "Colour?", "--checkpoint", checkpoint, "--max-new-tokens", "8",
+               "--device-map", "auto", "--dtype", "float32")  # fmt: skip
+    assert [done.stdout.strip()] == answerer.answer([Question("Colour?", (picture,))])
+
+
+def test_devices_that_cannot_do_it(checkpoint, pictures, run, monkeypatch):
+    ask = (pictures / "red.png", "?", "--checkpoint", checkpoint)
+
+    def error(*arguments):
+        return " ".join(run(*ask, *arguments, code=2).stderr.split())
+
+    assert "give --device, for one, or --device-map" in error(
+        "--device", "cpu", "--device-map=auto"
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert error("--device-map", "balanced") == (
+        "Error: --device-map balanced spreads a model over GPUs; torch finds none here"
+    )
+    assert "--device cuda:99 cannot be used: " in error("--device", "cuda:99")
+    few = ("--device", "cpu", "--quantization", "8bit")
+    with monkeypatch.context() as patch:
+        patch.setattr("bitsandbytes.supported_torch_devices", {"cuda", "xpu"})
+        assert error(*few) == "Error: quantization 8bit runs on cuda, xpu; got the device cpu"
+    monkeypatch.setattr("monkey_model.training.peft_presets.find_spec", lambda name: None)
+    assert error(*few) == (
+        'Error: quantization 8bit needs bitsandbytes: pip install "monkey-vision[quantization]"'
+    )
+    assert [one.value for one in Quantization] == list(QUANTIZATIONS)
+    batch = write_lines(pictures / "in.jsonl", "")
+    done = run("--batch", batch, "--out", "x", "--json", "--checkpoint", checkpoint, code=2)
+    assert "--json is for one question" in done.stderr

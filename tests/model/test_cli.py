@@ -343,7 +343,7 @@ def test_demo_checkpoint_is_for_every_command(run, tmp_path):
         assert f"Error: DIRECTORY must not exist yet, or be empty; got {taken}\n" in output
 
 
-def test_help_is_quick_and_shows_no_traceback():
+def test_help_and_completion_are_quick():
     """Without torch: a blocked import would fail."""
     program = (
         "import sys; sys.modules['torch'] = None; sys.argv = ['monkey', 'encode', '--help']\n"
@@ -353,3 +353,12 @@ def test_help_is_quick_and_shows_no_traceback():
         [sys.executable, "-c", program], check=True, capture_output=True, text=True
     )
     assert "--checkpoint" in done.stdout
+    words = {"_MONKEY_COMPLETE": "complete_bash", "COMP_WORDS": "monkey demo", "COMP_CWORD": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program.replace("'encode', '--help'", "")],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **words},
+    )
+    assert done.stdout.split() == ["demo", "demo-checkpoint"]
