@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from functools import reduce
 from pathlib import Path
@@ -43,11 +44,19 @@ from monkey_model.tokenization_qwen import QWenTokenizer
 VISUAL = "visual"
 
 _HEAD = "lm_head.weight"
-# In published checkpoints, which have them from transformers 4.
-_COMPUTED = "rotary_emb.inv_freq"
+#: How names of published checkpoints end that hold no weights: they are from transformers 4.
+COMPUTED = "rotary_emb.inv_freq"
 
-# Our names within a block, and Qwen2's. c_attn comes as its three thirds.
-_BLOCK = {
+# Our names outside the blocks, and Qwen2's.
+_OUTSIDE = {
+    "transformer.wte.weight": "model.embed_tokens.weight",
+    "transformer.ln_f.weight": "model.norm.weight",
+    _HEAD: "lm_head.weight",
+}
+_LAYER = re.compile(r"transformer\.h\.(\d+)\.(.+)")
+
+#: Our names within a block, and Qwen2's. c_attn comes as its three thirds.
+BLOCK = {
     "ln_1.weight": ("input_layernorm.weight",),
     "attn.c_attn.weight": tuple(f"self_attn.{part}_proj.weight" for part in "qkv"),
     "attn.c_attn.bias": tuple(f"self_attn.{part}_proj.bias" for part in "qkv"),
@@ -109,6 +118,21 @@ def qwen2_config(config: QWenConfig, **settings: Any) -> Qwen2Config:
     )
 
 
+def qwen2_parts(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """A weight of a Monkey's language model by Qwen2's names: views, on its device.
+
+    Raises:
+        ValueError: no such weight in a language model that :func:`qwen2_config` accepts.
+    """
+    if name in _OUTSIDE:
+        return [(_OUTSIDE[name], tensor)]
+    match = _LAYER.fullmatch(name)
+    if match is None or match[2] not in BLOCK:
+        raise ValueError(f"the language model has no weight {name}")
+    names = [f"model.layers.{match[1]}.{theirs}" for theirs in BLOCK[match[2]]]
+    return list(zip(names, tensor.chunk(len(names)), strict=True))
+
+
 def qwen2_weights(state: Mapping[str, Tensor], config: QWenConfig) -> dict[str, Tensor]:
     """The weights of a Monkey's language model by Qwen2's names: views, on their device.
 
@@ -116,18 +140,29 @@ def qwen2_weights(state: Mapping[str, Tensor], config: QWenConfig) -> dict[str, 
         state: of the whole model, or of its language model, by upstream's names.
         config: of that model.
     """
-    weights = {
-        "model.embed_tokens.weight": state["transformer.wte.weight"],
-        "model.norm.weight": state["transformer.ln_f.weight"],
+    return {
+        theirs: part
+        for name, tensor in state.items()
+        if not name.startswith(PREFIX) and not (name == _HEAD and config.tie_word_embeddings)
+        for theirs, part in qwen2_parts(name, tensor)
     }
-    if not config.tie_word_embeddings:
-        weights["lm_head.weight"] = state[_HEAD]
-    for layer in range(config.num_hidden_layers):
-        for ours, theirs in _BLOCK.items():
-            parts = state[f"transformer.h.{layer}.{ours}"].chunk(len(theirs))
-            for name, part in zip(theirs, parts, strict=True):
-                weights[f"model.layers.{layer}.{name}"] = part
-    return weights
+
+
+def whole_model_config(checkpoint: Path) -> MonkeyConfig:
+    """The config of a checkpoint's whole model.
+
+    Raises:
+        OSError: no such directory, or no ``config.json`` in it.
+        ValueError: an adapter in place of a whole model; a broken config.
+    """
+    check_directory("checkpoint", checkpoint)
+    if (checkpoint / "adapter_config.json").exists():
+        raise ValueError(
+            f"checkpoint must be a whole model, not an adapter: {checkpoint}; merge it first "
+            f"(monkey merge {checkpoint} --checkpoint DIR --out MERGED)"
+        )
+    read_config("checkpoint", checkpoint)
+    return MonkeyConfig.from_pretrained(checkpoint)
 
 
 def export_qwen2(
@@ -162,14 +197,7 @@ def export_qwen2(
     source, target = Path(checkpoint), Path(out)
     if os.path.lexists(target):
         raise ValueError(f"OUT must not exist yet; got {out}")
-    check_directory("checkpoint", source)
-    if (source / "adapter_config.json").exists():
-        raise ValueError(
-            f"checkpoint must be a whole model, not an adapter: {checkpoint}; merge it first "
-            f"(monkey merge {checkpoint} --checkpoint DIR --out MERGED)"
-        )
-    read_config("checkpoint", source)
-    config = MonkeyConfig.from_pretrained(source)
+    config = whole_model_config(source)
     tokenizer = load_processor(source).tokenizer
     result = qwen2_config(
         config,
@@ -177,7 +205,7 @@ def export_qwen2(
         eos_token_id=[tokenizer.im_end_id, tokenizer.eod_id],
     )
     state = read_weights("checkpoint", source, allow_pickle=allow_pickle)
-    state = {key: tensor for key, tensor in state.items() if not key.endswith(_COMPUTED)}
+    state = {key: tensor for key, tensor in state.items() if not key.endswith(COMPUTED)}
     check_depth(source, config, state)
     with torch.device("meta"):
         expected = MonkeyLMHeadModel(config).state_dict()
