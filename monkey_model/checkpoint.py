@@ -64,10 +64,10 @@ def _shards(name: str, directory: Path, kind: str, prefix: str) -> list[Path]:
     return shards
 
 
-def _weight_files(
-    name: str, directory: Path, prefix: str, allow_pickle: bool
+def weight_files(
+    name: str, directory: Path, prefix: str = "", *, allow_pickle: bool
 ) -> tuple[str, list[Path]]:
-    """What the weights are read from: a key of :data:`_FORMATS`, and the files.
+    """What the weights are read from: ``"safetensors"`` or ``"pickle"``, and the files.
 
     The one rule of this package: safetensors, or pickles for whoever asks for them.
     """
@@ -174,7 +174,7 @@ def read_weights(
         FileNotFoundError: no such weights, or a shard is missing.
         ValueError: pickles without ``allow_pickle``; a broken file; a tensor that is there twice.
     """
-    kind, shards = _weight_files(name, Path(checkpoint), prefix, allow_pickle)
+    kind, shards = weight_files(name, Path(checkpoint), prefix, allow_pickle=allow_pickle)
     if kind == "pickle":
         return _read_pickles(shards, prefix)
     _header_names(shards)
@@ -394,7 +394,7 @@ def load_model(
     # transformers would load both, an adapter's pickle too.
     if Path(checkpoint, "adapter_config.json").exists():
         raise ValueError(f"{name} must be a whole model without an adapter beside it: {checkpoint}")
-    kind, shards = _weight_files(name, Path(checkpoint), "", allow_pickle)
+    kind, shards = weight_files(name, Path(checkpoint), allow_pickle=allow_pickle)
     with _read_by_transformers(f"{name} {checkpoint}"):
         config = MonkeyConfig.from_pretrained(checkpoint)
         if kind == "safetensors":

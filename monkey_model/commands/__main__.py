@@ -20,6 +20,7 @@ from monkey_model.commands import (
     export,
     finetune,
     look,
+    serve,
 )
 
 # torch takes seconds to import, so `monkey --help` does without: it is imported where it is used.
@@ -42,6 +43,9 @@ for command in (
     doctor.doctor,
 ):
     app.command()(command)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+    serve.serve
+)
 
 
 def _print_version(wanted: bool) -> None:
