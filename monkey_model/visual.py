@@ -249,9 +249,11 @@ class VisionTransformer(nn.Module):
 
     def _encoding(self, index: Sequence[int | None]) -> Callable[[Tensor], Tensor]:
         """What encodes crops whose adapters are ``index``, a checked entry per crop."""
-        # A compiled block takes every index by one graph, and training its measured form.
-        one_hot = self.transformer.blocks_compiled or torch.is_grad_enabled()
-        images = 1 if one_hot else repeats(index)
+        # A compiled block takes every index by one graph, and training its measured form; but an
+        # adapter that no crop uses gets no gradient, which an optimizer would decay it for.
+        compiled, training = self.transformer.blocks_compiled, torch.is_grad_enabled()
+        one_hot = compiled or (training and len(set(index)) > 1)
+        images = 1 if compiled or training else repeats(index)
         crops = len(index) // images
         index = [index[crop] for crop in range(crops) for _ in range(images)]
         adapters, device = self.lora_repeat_num, self._device()

@@ -88,6 +88,16 @@ def test_adapter_gradients_of_a_mixed_batch():
         torch.testing.assert_close(g, e, rtol=1e-9, atol=1e-12)
 
 
+def test_an_adapter_that_no_crop_uses_gets_no_gradient():
+    """Zeros would be a gradient: AdamW's weight decay would shrink it."""
+    encoder = tiny_encoder().train()
+    parameters = train_as_in_the_recipe(encoder)
+    size = encoder.crop_settings.crop_size
+    encoder(torch.randn(2, 3, size, size), 1).square().mean().backward()
+    used = {name for name, p in parameters.items() if p.grad is not None and "lora" in name}
+    assert used == {name for name in parameters if re.search(r"_lora\.1\.", name)} != set()
+
+
 @pytest.mark.parametrize("index", [INDEX, [2] * 5])
 def test_dropout_is_the_same_when_computed_again(index):
     encoder = tiny_encoder(layers=5).train()
