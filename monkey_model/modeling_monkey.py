@@ -122,8 +122,8 @@ class MonkeyModel(MonkeyPreTrainedModel, QWenModel):
                 :func:`monkey_kernels.extract_crops` makes them, in the order of the spans in
                 input_ids, row by row. Without them the spans hold paths.
             visual_mask: [B, T] bool and
-            visual_tokens: [number of True, hidden_size]: what :meth:`encode_images` returned, in
-                place of pixel_values; ids are then not searched.
+            visual_tokens: [number of True, hidden_size], or [images, span, hidden_size]: what
+                :meth:`encode_images` returned, in place of pixel_values; ids are then not searched.
 
         Raises:
             ValueError: not exactly one of input_ids and inputs_embeds; pixel_values without

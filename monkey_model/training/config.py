@@ -160,6 +160,10 @@ class FinetuneConfig:
             are kept in it too; what trains is kept in float32.
         quantization: frozen weights in ``"4bit"`` or ``"8bit"`` (bitsandbytes).
         gradient_checkpointing: in LLM and ViT.
+        cache_visual_tokens: encode each picture once, before training, and keep its visual tokens
+            (10 MiB each, in 16 bits) in this directory, or with ``true`` in
+            ``output_dir/visual_tokens``. For runs in which nothing in the encoder trains:
+            ``freeze: {train_resampler: false, train_vit_lora: false}``.
         launch: how processes share the work: ``"ddp"``, ``"fsdp2"``, ``"zero2"``, ``"zero3"`` (the
             files of ``monkey_model/training/launch``), or a file of your own like them.
         merge: also write a checkpoint in upstream's layout, LoRA merged.
@@ -190,6 +194,7 @@ class FinetuneConfig:
     dtype: str = "bfloat16"
     quantization: str | None = None
     gradient_checkpointing: bool = True
+    cache_visual_tokens: bool | str = False
     launch: str = "ddp"
     merge: bool = False
     allow_pickle: bool = False

@@ -30,6 +30,7 @@ from monkey_model.files import json_lines, list_problems, parse_json, parse_json
 from monkey_model.inputs.fetch import SCHEME, redact
 from monkey_model.inputs.picture_files import open_file, open_picture
 from monkey_model.inputs.prompts import check_no_surrogates
+from monkey_model.inputs.spans import find_spans, mask_spans
 
 IGNORED = -100
 ROLES = ("user", "assistant")
@@ -321,6 +322,18 @@ class ConversationCollator:
     def __init__(self, pad_token_id: int, image_processor: Any) -> None:
         self.pad_token_id = pad_token_id
         self.image_processor = image_processor
+        self._cache: Any = None
+        self._image_start_id = -1
+
+    def read_tokens(self, cache: Any, image_start_id: int) -> None:
+        """From now on read visual tokens in place of images.
+
+        Args:
+            cache: a :class:`monkey_model.training.token_cache.TokenCache` of the images.
+            image_start_id: of ``<img>``.
+        """
+        self._cache = cache
+        self._image_start_id = image_start_id
 
     def __call__(
         self, examples: Sequence[dict[str, Any] | list[dict[str, Any]]]
@@ -331,10 +344,12 @@ class ConversationCollator:
             ``input_ids`` and ``labels`` [B, longest]; ``attention_mask`` [B, longest], or, where a
             row holds a list, ``position_ids`` [B, longest], which start at 0 with each conversation
             and are -1 in padding; and, if any example has an image, ``pixel_values`` [images,
-            crops, 3, S, S], in the order of the spans.
+            crops, 3, S, S], in the order of the spans. With visual tokens, these are in every
+            batch, in place of pixels: ``visual_tokens`` [images, span, width], and their places,
+            ``visual_mask`` [B, longest], so that no process ever runs the encoder.
 
         Raises:
-            ValueError: an image that cannot be decoded, with its record.
+            ValueError: an image, or its tokens, that cannot be read, with its record.
         """
         packed = any(isinstance(example, list) for example in examples)
         rows = [example if isinstance(example, list) else [example] for example in examples]
@@ -347,7 +362,8 @@ class ConversationCollator:
                 ("position_ids", -1) if packed else ("attention_mask", 0),
             )
         }
-        pixels = []
+        read = self._pixels if self._cache is None else self._cache.read
+        images = []
         for number, row in enumerate(rows):
             end = 0
             for example in row:
@@ -361,13 +377,19 @@ class ConversationCollator:
                 else:
                     batch["attention_mask"][number, start:end] = 1
                 for image in example["images"]:
-                    pixels.append(self._pixels(image, example["where"]))
-        if pixels:
-            batch["pixel_values"] = torch.cat(pixels)
+                    try:
+                        images.append(read(image))
+                    except (ValueError, OSError) as error:
+                        raise ValueError(f"{example['where']}: {error}") from error
+        if self._cache is not None:
+            ids, (length, width) = batch["input_ids"], self._cache.shape
+            batch["visual_mask"] = mask_spans(find_spans(ids, self._image_start_id, length), ids)
+            batch["visual_tokens"] = (
+                torch.stack(images) if images else torch.empty(0, length, width)
+            )
+        elif images:
+            batch["pixel_values"] = torch.stack(images)
         return batch
 
-    def _pixels(self, image: str, where: str) -> Tensor:
-        try:
-            return self.image_processor([image])["pixel_values"]
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{where}: {error}") from error
+    def _pixels(self, image: str) -> Tensor:
+        return self.image_processor([image])["pixel_values"][0]

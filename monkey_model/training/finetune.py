@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from monkey_model.files import (
     check_file,
     writing,
 )
-from monkey_model.freeze import FreezeReport, freeze
+from monkey_model.freeze import FLAGS, FreezeReport, freeze
 from monkey_model.processing_monkey import MonkeyProcessor
 from monkey_model.training.config import FinetuneConfig, training_arguments
 from monkey_model.training.conversations import (
@@ -60,7 +61,9 @@ from monkey_model.training.run_directory import (
     unmark_finished,
 )
 from monkey_model.training.run_settings import run_settings
+from monkey_model.training.token_cache import TokenCache, fill_cache
 from monkey_model.training.unfreeze import ProgressiveUnfreeze
+from monkey_model.visual import VisionTransformer
 
 #: The flags of ``freeze`` that each mode changes.
 _MODE_FLAGS = {
@@ -68,6 +71,11 @@ _MODE_FLAGS = {
     "frozen": {"train_llm_lora": False},
     "full": {"fix_llm": False, "fix_vit": False},
 }
+
+
+def encoder(model: Any) -> VisionTransformer:
+    """The encoder inside a model, whatever is wrapped around it."""
+    return next(module for module in model.modules() if isinstance(module, VisionTransformer))
 
 
 class RunTrainer(Trainer):
@@ -95,10 +103,21 @@ class RunTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """transformers' own, after which training draws the numbers that it would have drawn."""
-        device = self.args.device
-        # Each iterator over a data loader draws a seed, even where nothing is shuffled.
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with self.same_random_numbers():
             return super().evaluate(*args, **kwargs)
+
+    def same_random_numbers(self) -> AbstractContextManager[None]:
+        """What is done inside changes no number that training draws after it."""
+        # Each iterator over a data loader draws a seed, even where nothing is shuffled.
+        device = self.args.device
+        return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own; an encoder in which nothing trains drops nothing either."""
+        visual = encoder(self.model)
+        if not any(parameter.requires_grad for parameter in visual.parameters()):
+            visual.eval()  # the model has just been put into training mode, as a whole
+        return super().compute_loss(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """transformers' own; with the loss goes the speed."""
@@ -162,6 +181,8 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> FreezeReport | 
             check_file(name, getattr(config, name))
     if config.image_root is not None:
         check_directory("image_root", config.image_root)
+    if config.cache_visual_tokens:
+        _check_encoder_is_frozen(config)
     arguments = training_arguments(config)
     settings = run_settings(config, arguments)
     results = ["model", "loss.png", *["merged"] * config.merge]
@@ -196,18 +217,23 @@ def _train(
     samples = None if config.sample_data is None else _samples(config, processor)
     if samples is not None:
         callbacks.append(samples)
+    collator = ConversationCollator(processor.tokenizer.eod_id, processor.image_processor)
     trainer = RunTrainer(
         model=model,
         args=arguments,
         train_dataset=train_data,
         eval_dataset=eval_data,
-        data_collator=ConversationCollator(processor.tokenizer.eod_id, processor.image_processor),
+        data_collator=collator,
         processing_class=processor,
         callbacks=callbacks,
         run_settings=settings,
     )
     if samples is not None:
         samples.attach(trainer)
+    if config.cache_visual_tokens:
+        datasets = [train_data, *([eval_data] if eval_data else [])]
+        cache = _fill_cache(config, trainer, datasets, processor)
+        collator.read_tokens(cache, processor.tokenizer.img_start_id)
     unmark_finished(config.output_dir)  # not before: until here anything may be refused
     try:
         trainer.train(resume_from_checkpoint=None if start is None else str(start))
@@ -371,6 +397,36 @@ def _dataset(
             f"{len(dataset)} conversations are packed into {len(packs)} sequences: {share:.0%} full"
         )
     return PackedConversations(dataset, packs)
+
+
+def _check_encoder_is_frozen(config: FinetuneConfig) -> None:
+    flags = {**FLAGS, **_MODE_FLAGS[config.mode], **config.freeze}
+    wanted = {"fix_vit": True, "train_resampler": False, "train_vit_lora": False}
+    wrong = [f"{name}: {str(on).lower()}" for name, on in wanted.items() if flags[name] != on]
+    if wrong:
+        raise ValueError(
+            "cache_visual_tokens needs an encoder in which nothing trains: set freeze: "
+            f"{{{', '.join(wrong)}}}"
+        )
+
+
+def _fill_cache(
+    config: FinetuneConfig,
+    trainer: RunTrainer,
+    datasets: Iterable[ConversationDataset | PackedConversations],
+    processor: MonkeyProcessor,
+) -> TokenCache:
+    directory = config.cache_visual_tokens
+    with trainer.same_random_numbers():
+        return fill_cache(
+            Path(config.output_dir, "visual_tokens") if directory is True else Path(str(directory)),
+            encoder(trainer.model),
+            [conversation for data in datasets for conversation in data.conversations],
+            processor.image_processor,
+            trainer.accelerator,
+            workers=trainer.args.dataloader_num_workers,
+            show_progress=not trainer.args.disable_tqdm,
+        )
 
 
 def _samples(config: FinetuneConfig, processor: MonkeyProcessor) -> SampleAnswers:

@@ -105,8 +105,8 @@ def count(batch: Mapping[str, Tensor]) -> Tensor:
         samples, tokens = (positions == 0).sum(), (positions >= 0).sum()
     else:
         samples, tokens = ids.new_tensor(len(ids)), batch["attention_mask"].sum()
-    images = ids.new_tensor(len(batch["pixel_values"]) if "pixel_values" in batch else 0)
-    return torch.stack([samples, tokens, images])
+    images = batch.get("pixel_values", batch.get("visual_tokens", ()))
+    return torch.stack([samples, tokens, ids.new_tensor(len(images))])
 
 
 def peak_memory(device: torch.device) -> int:

@@ -54,6 +54,7 @@ class PackedConversations(Dataset[list[dict[str, Any]]]):
 
     def __init__(self, dataset: ConversationDataset, packs: Sequence[Sequence[int]]) -> None:
         self.dataset = dataset
+        self.conversations = dataset.conversations
         self.packs = packs
 
     def __len__(self) -> int:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 #: is done, not what is learned. ``launch`` counts through the arguments that it stands for.
 FREE = (
     "output_dir", "eval_data", "sample_data", "sample_tokens", "gradient_checkpointing", "launch",
-    "merge", "allow_pickle",
+    "merge", "allow_pickle", "cache_visual_tokens",
 )  # fmt: skip
 #: Beginnings of the names of ``TrainingArguments`` for which the same holds.
 FREE_TRAINING = (

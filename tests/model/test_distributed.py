@@ -23,6 +23,7 @@ from tests.helpers.checkpoint import write_checkpoint, write_data
 
 pytestmark = pytest.mark.slow
 
+FROZEN = {"train_resampler": False, "train_vit_lora": False}
 ROOT = Path(__file__).parents[2]
 HUNG = 3600  # seconds: a run takes one or two, and the first with DeepSpeed compiles for minutes
 TRAINING = {
@@ -49,7 +50,7 @@ def train(tmp_path_factory):
     checkpoint, data = write_checkpoint(folder / "checkpoint"), write_data(folder)
     samples = write_data(folder, 2, "samples.json")
 
-    def train(name, processes, launch="ddp", *flags, dtype="float32"):
+    def train(name, processes, launch="ddp", *flags, dtype="float32", **settings):
         """The output directory, the losses of its last checkpoint, and the adapter."""
         output = folder / name
         training = {**TRAINING, "per_device_train_batch_size": 4 // processes}
@@ -66,6 +67,7 @@ def train(tmp_path_factory):
             "launch": launch,
             "merge": True,
             "training": training,
+            **settings,
         }
         if processes > 1:  # watched, which changes nothing
             config |= {"eval_data": str(samples), "sample_data": str(samples), "sample_tokens": 3}
@@ -158,6 +160,22 @@ def test_a_resumed_run_is_the_uninterrupted_one(train, launch, together):
     assert (output / "checkpoint-4" / "complete").stat().st_mtime_ns == last
     assert again.keys() == adapter.keys()
     assert all(torch.equal(again[name], adapter[name]) for name in adapter)
+
+
+@pytest.fixture(scope="module")
+def alone_frozen(train):
+    return train("frozen", 1, freeze=FROZEN)
+
+
+def test_each_process_encodes_its_share_once(train, alone_frozen, launch):
+    """And none runs the encoder in training: processes whose batches lack pictures would wait."""
+    output, losses, adapter = train(
+        f"cached-{launch}", 2, launch, freeze=FROZEN, cache_visual_tokens=True
+    )
+    torch.testing.assert_close(losses, alone_frozen[1], rtol=0, atol=1e-5)
+    for name, tensor in adapter.items():
+        torch.testing.assert_close(tensor, alone_frozen[2][name], rtol=0, atol=1e-5, msg=name)
+    assert len(list(output.glob("visual_tokens/*/*.safetensors"))) == 4
 
 
 def test_finished_or_locked(train):
