@@ -153,6 +153,7 @@ def ask(
         OSError,
         TypeError,
         ValueError,
+        ImportError,
         RuntimeError,
     ) as error:  # the last: a backend, or memory
         report(str(error))

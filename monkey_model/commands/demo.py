@@ -6,7 +6,6 @@ import tempfile
 import threading
 import warnings
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +22,7 @@ from monkey_model.commands.console import (
     usable_device,
 )
 from monkey_model.commands.demo_checkpoint import write_demo_checkpoint
+from monkey_model.files import need_extra
 from monkey_model.inputs.fetch import shown
 
 _RANDOM = (
@@ -56,11 +56,6 @@ def demo(
     allow_pickle: PickleOption = False,
 ) -> None:
     """Serve a page for a browser: a picture, a talk about it, boxes, and the crops."""
-    # What is wrong with these should not wait for the model.
-    if find_spec("gradio") is None:
-        report('monkey demo needs gradio: pip install "monkey-vision[demo]"')
-        raise typer.Exit(2)
-
     from PIL import Image
 
     from monkey_model.serving.answer import Answerer
@@ -69,6 +64,8 @@ def demo(
     # The limit itself is an error of load_image's; this process is ours to keep quiet.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     try:
+        # What is wrong with these should not wait for the model.
+        need_extra("gradio", "demo", "monkey demo")
         check_free(host, port)
         target = usable_device(device)
         with tempfile.TemporaryDirectory() as folder:
@@ -88,6 +85,12 @@ def demo(
             with serving(answerer, note, host, port) as address:
                 say(err_console, f"{address} (Ctrl-C ends it)")
                 _wait()
-    except (OSError, RuntimeError, TypeError, ValueError) as error:  # RuntimeError: out of memory
+    except (
+        ImportError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:  # RuntimeError: out of memory
         report(str(error))
         raise typer.Exit(2) from None

@@ -105,6 +105,7 @@ class Answerer:
         Raises:
             OSError, ValueError: a checkpoint that is not there, or not whole; a ``quantization``
                 that cannot run.
+            ImportError: a ``quantization`` without bitsandbytes.
         """
         directory = Path(checkpoint)
         check_directory("checkpoint", directory)

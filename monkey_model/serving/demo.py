@@ -296,14 +296,14 @@ def build_page(demo: Demo, note: str) -> gradio.Blocks:
             describe.click(caption, [talk], [talk, chatbot], api_name="caption", **one),
         ]
         begun = [talk, picture, crops, seen, chatbot]
-        # A reply that is on its way belongs to the talk that these end.
-        one["cancels"] = running
+        # Before what else they do, which would wait for the reply of the talk that they end.
+        for ends in (upload.upload, examples.click, chatbot.clear, stop.click):
+            ends(None, cancels=running, api_visibility="private")
         upload.upload(begin, [upload], begun, api_name="picture", **one).then(
             lambda: None, None, [upload], api_visibility="private"
         )
         examples.click(example, [examples], begun, api_name="example", **one)
         chatbot.clear(clear, [talk], [talk, chatbot], api_name="clear", **one)
-        stop.click(None, None, None, cancels=running)
     for block in page.blocks.values():
         _fetch_nothing(block)
     return page

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from monkey_kernels.checks import check_choice, check_int, check_number
+from monkey_model.files import need_extra
 from monkey_model.training.config import QUANTIZATIONS
 from monkey_model.visual import VisionTransformer
 
@@ -55,23 +55,17 @@ def quantization_config(
         device: that it has to run on, if that is known.
 
     Raises:
-        ValueError: another one; bitsandbytes is not installed, or has nothing for the device.
+        ImportError: bitsandbytes is not installed.
+        ValueError: another one, or bitsandbytes has nothing for the device.
     """
     check_choice("quantization", quantization, QUANTIZATIONS)
-    if find_spec("bitsandbytes") is None:
+    bitsandbytes = need_extra("bitsandbytes", "quantization", f"quantization {quantization}")
+    kinds = bitsandbytes.supported_torch_devices
+    if device is not None and device.type not in kinds:
         raise ValueError(
-            f"quantization {quantization} needs bitsandbytes: pip install "
-            '"monkey-vision[quantization]"'
+            f"quantization {quantization} runs on {', '.join(sorted(kinds))}; got the device "
+            f"{device}"
         )
-    if device is not None:
-        from bitsandbytes import supported_torch_devices
-
-        if device.type not in supported_torch_devices:
-            raise ValueError(
-                f"quantization {quantization} runs on "
-                f"{', '.join(sorted(supported_torch_devices))}; "
-                f"got the device {device}"
-            )
     return BitsAndBytesConfig(
         load_in_4bit=quantization == "4bit",
         load_in_8bit=quantization == "8bit",

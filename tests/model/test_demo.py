@@ -6,6 +6,7 @@ import html
 import json
 import re
 import socket
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -231,6 +232,18 @@ def test_a_stopped_reply_leaves_the_model_free(answerer, visit, photo, monkeypat
     assert texts(after)[0] == texts(grown[0])[0] and texts(after)[2] == ("user", "Again")
 
 
+def test_what_ends_a_talk_stops_its_reply_first(address):
+    """Or it would wait for it in the queue, and the reply go on into the new talk."""
+    dependencies = httpx.get(f"{address}/config", trust_env=False).json()["dependencies"]
+    ids = {one["api_name"]: one["id"] for one in dependencies}
+    replies = [ids[name] for name in ("chat", "question", "caption")]
+    for name in ("picture", "example", "clear"):
+        (main,) = (one for one in dependencies if one["api_name"] == name)
+        stops = [one for one in dependencies if one["targets"] == main["targets"]]
+        first = next(one["id"] for one in stops if one["cancels"] == replies)
+        assert first < main["id"]
+
+
 def test_a_new_talk_and_a_new_picture(visit, photo):
     client = visit()
     upload(client, photo)
@@ -368,10 +381,11 @@ def test_a_port_in_use_is_an_error_before_the_model_loads(tmp_path):
 
 
 def test_without_gradio_it_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "gradio", None)
     done = CliRunner().invoke(app, ["demo"])
     assert done.exit_code == 2
-    assert done.stderr == 'Error: monkey demo needs gradio: pip install "monkey-vision[demo]"\n'
+    expected = 'Error: monkey demo needs gradio: pip install "monkey-vision[demo]"'
+    assert done.stderr.startswith(expected)
 
 
 @pytest.mark.parametrize("given", [True, False])
