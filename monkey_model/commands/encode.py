@@ -133,6 +133,14 @@ def encode(
             "--fast-decode", help="Decode large JPEGs at a reduced size: faster, other pixels."
         ),
     ] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(help="Run on a Ray cluster: local, auto, HOST:PORT or ray://HOST:PORT."),
+    ] = None,
+    models: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --ray: processes that hold a model. Default: one per GPU."),
+    ] = None,
     allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Fetch http(s) images.")] = False,
     allow_pickle: PickleOption = False,
 ) -> None:
@@ -142,16 +150,20 @@ def encode(
     if bool(images) == bool(manifest):
         raise typer.BadParameter("give IMAGE... or --manifest")
 
+    if ray is not None and (share or preview or workers):
+        raise typer.BadParameter("--shard, --preview and --workers do not go with --ray")
+    if models is not None and ray is None:
+        raise typer.BadParameter("--models needs --ray")
+
     from PIL import Image
 
-    from monkey_model.checkpoint import load_visual
     from monkey_model.inputs.picture_lists import list_manifests, list_pictures
     from monkey_model.serving.encode_files import (
+        EncoderSource,
         Output,
         PictureEncoder,
         encode_files,
         plan_parts,
-        seeded_encoder,
     )
 
     try:
@@ -160,14 +172,14 @@ def encode(
         else:
             pictures = list_pictures(images or [], recursive=recursive)
         alone = len(pictures) == 1 and [pictures[0].source] == images
-        is_file = alone and not (shard_size or resume or share)
+        is_file = alone and not (shard_size or resume or share or ray)
         is_file = is_file and (out is None or out.suffix == ".safetensors")
         output = Output(
             out or Path("tokens.safetensors" if is_file else "tokens"),
             is_file=is_file,
             store=store.value if store else None,
-            shard_size=shard_size,
-            shard_format=shard_format.value,
+            shard_size=shard_size or (1 if ray else None),
+            shard_format="parquet" if ray else shard_format.value,
             share=share,
             resume=resume,
             preview=preview,
@@ -187,35 +199,50 @@ def encode(
         "fit": fit.value if fit else None,
     }
     settings = {name: value for name, value in settings.items() if value is not None}
+    reading = {"allow_urls": allow_urls, "fast_decode": fast_decode}
+    if checkpoint is None:
+        err_console.print(
+            "[yellow]No --checkpoint: a small encoder with random weights (seed 0) stands in. "
+            "These tokens carry no meaning.[/]"
+        )
     try:
-        target = usable_device(device)
-        settings |= {"device": target, "dtype": default_dtype(dtype, target)}
-        if checkpoint is None:
-            encoder = seeded_encoder(**settings)
-        else:
-            encoder = load_visual(checkpoint, allow_pickle=allow_pickle, **settings)
-        encoder.adapter_index()  # what is wrong with it should not wait for pictures
-        if checkpoint is None:
-            err_console.print(
-                "[yellow]No --checkpoint: a small encoder with random weights (seed 0) stands in. "
-                "These tokens carry no meaning.[/]"
-            )
-        with progress_bar("Encoding", disable=len(pictures) == 1, unit="pictures") as progress:
-            of_parts = parts[share[0] :: share[1]] if share else parts
-            total = sum(len(part.pictures) for part in of_parts)
-            task = progress.add_task("Encoding", total=total, waited=0.0)
-            outcome = encode_files(
-                PictureEncoder(encoder, allow_urls=allow_urls, fast_decode=fast_decode),
-                parts,
+        if ray is not None:
+            from monkey_model.serving.encode_on_ray import encode_on_ray
+            from monkey_model.serving.on_ray import cluster_device
+
+            target = cluster_device(ray, device)
+            source = EncoderSource(checkpoint, default_dtype(dtype, target), settings, allow_pickle)
+            outcome = encode_on_ray(
+                source,
+                pictures,
                 output,
-                origin=str(checkpoint) if checkpoint else "none: random weights",
+                address=ray,
+                device=target,
+                models=models,
                 batch_size=batch_size,
-                workers=workers,
-                on_done=lambda count, waited: progress.update(task, advance=count, waited=waited),
-                on_written=lambda message: say(err_console, message),
-                on_problem=report,
+                reading=reading,
+                on_ready=lambda count: say(err_console, f"{count} models on {target}, on Ray"),
             )
-    except (ValueError, OSError, RuntimeError) as error:  # the last: a backend, or memory
+        else:
+            target = usable_device(device)
+            source = EncoderSource(checkpoint, default_dtype(dtype, target), settings, allow_pickle)
+            encoder = source.load(target)
+            with progress_bar("Encoding", disable=len(pictures) == 1, unit="pictures") as progress:
+                of_parts = parts[share[0] :: share[1]] if share else parts
+                total = sum(len(part.pictures) for part in of_parts)
+                task = progress.add_task("Encoding", total=total, waited=0.0)
+                outcome = encode_files(
+                    PictureEncoder(encoder, **reading),
+                    parts,
+                    output,
+                    origin=source.origin,
+                    batch_size=batch_size,
+                    workers=workers,
+                    on_done=lambda n, waited: progress.update(task, advance=n, waited=waited),
+                    on_written=lambda message: say(err_console, message),
+                    on_problem=report,
+                )
+    except (ValueError, OSError, RuntimeError, ImportError) as error:  # a backend, or memory
         report(str(error))
         raise typer.Exit(2) from None
     if outcome.failed or outcome.failed_before:

@@ -7,12 +7,13 @@ list of a million takes some 300 MB.
 from __future__ import annotations
 
 import glob
+import json
 import os
 import sys
 import tarfile
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias
@@ -109,6 +110,25 @@ class Picture:
             OSError, ValueError: the file that holds it cannot be read.
         """
         return self.source if isinstance(self.source, str) else self.source.read()
+
+
+def plain(picture: Picture) -> dict[str, Any]:
+    """A picture as JSON can say it to another process, without its id."""
+    source = picture.source
+    if isinstance(source, str):
+        path = source if SCHEME.match(source) else os.path.abspath(source)
+        return {"name": picture.name, "path": path}
+    kind = "part" if isinstance(source, FilePart) else "cell"
+    return {"name": picture.name, kind: {**asdict(source), "path": os.path.abspath(source.path)}}
+
+
+def picture_of(id: str, text: str) -> Picture:
+    """The picture that :func:`plain` put into words."""
+    item = json.loads(text)
+    if "path" in item:
+        return Picture(id, item["path"], item["name"])
+    source = FilePart(**item["part"]) if "part" in item else ParquetCell(**item["cell"])
+    return Picture(id, source, item["name"])
 
 
 def list_pictures(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from monkey_kernels import extract_crops
 from monkey_kernels.checks import check_choice, check_positive_int
+from monkey_model.checkpoint import load_visual
 from monkey_model.crop_settings import CropSettings
 from monkey_model.files import atomic, need_extra
 from monkey_model.inputs.fetch import shown
@@ -183,28 +184,110 @@ class Decoded:
     pixels: Tensor
 
 
-class PictureEncoder:
-    """How a picture becomes tokens: on one machine, and on each of a cluster.
+@dataclass(frozen=True)
+class EncoderSource:
+    """Which encoder, for every process that loads it.
 
     Args:
-        encoder: in eval mode.
+        checkpoint: directory; None for random weights.
+        dtype: of weights and arithmetic.
+        settings: grid, interpolation and fit, where they are not the checkpoint's.
+        allow_pickle: of :func:`monkey_model.checkpoint.load_visual`.
+    """
+
+    checkpoint: Path | None
+    dtype: torch.dtype
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    allow_pickle: bool = False
+
+    @property
+    def origin(self) -> str:
+        """Where the weights are from, in words."""
+        return str(self.checkpoint) if self.checkpoint else "none: random weights"
+
+    def load(self, device: torch.device) -> VisionTransformer:
+        """In eval mode.
+
+        Raises:
+            OSError, ValueError: those of load_visual; fewer adapters than local crops.
+        """
+        if self.checkpoint is None:
+            encoder = seeded_encoder(device, self.dtype, **self.settings)
+        else:
+            encoder = load_visual(
+                self.checkpoint, device=device, dtype=self.dtype,
+                allow_pickle=self.allow_pickle, **self.settings,
+            )  # fmt: skip
+        encoder.adapter_index()  # what is wrong with it should not wait for pictures
+        return encoder
+
+
+class PictureReader:
+    """How a picture becomes what an encoder on some device takes.
+
+    Args:
+        crop_settings: the encoder's.
+        device: of the encoder. On a CPU the crops are cut here, too: that takes as long as
+            decoding. Other devices get the pixels, on CUDA from memory that is pinned.
         allow_urls: whether http(s) locations may be fetched.
         fast_decode: see :meth:`VisionTransformer.encode_images`.
     """
 
     def __init__(
-        self, encoder: VisionTransformer, *, allow_urls: bool = False, fast_decode: bool = False
+        self,
+        crop_settings: CropSettings,
+        device: torch.device,
+        *,
+        allow_urls: bool = False,
+        fast_decode: bool = False,
+        pin: bool = True,
     ) -> None:
-        self.encoder = encoder
-        self.device = Device(encoder.proj.device)
-        self._fast_decode = fast_decode
-        self._cutting = encoder.crop_settings.cutting
+        self.fast_decode = fast_decode
+        self._cut = device.type == "cpu"
+        self._pin = pin and device.type == "cuda"
+        self._cutting = crop_settings.cutting
         self._loading: dict[str, Any] = {
             "allow_urls": allow_urls,
-            "fast_decode": encoder.crop_settings.canvas_size if fast_decode else None,
+            "fast_decode": crop_settings.canvas_size if fast_decode else None,
         }
-        side = encoder.crop_settings.crop_size
-        self._crop_bytes = encoder.crop_settings.crops_per_image * 3 * side * side * 4
+        side = crop_settings.crop_size
+        self._crop_bytes = crop_settings.crops_per_image * 3 * side * side * 4
+
+    @torch.inference_mode()
+    def decode(self, picture: Picture, reserve: Reserve = lambda size: None) -> Decoded:
+        """In any thread.
+
+        Raises:
+            TypeError, ValueError, OSError: it cannot be read.
+            RuntimeError: another failure, which names the picture.
+        """
+        with _naming([picture], but=UNREADABLE):
+            pixels = load_image(picture.read(), reserve=reserve, **self._loading)
+        size = (pixels.shape[0], pixels.shape[1])
+        with _naming([picture]):
+            if not self._cut:
+                pixels = pixels.pin_memory() if self._pin else pixels
+                reserve(pixels.nbytes)
+                return Decoded(size, pixels)
+            reserve(pixels.nbytes + self._crop_bytes)
+            crops = extract_crops([pixels], **self._cutting)
+            del pixels
+            reserve(crops.nbytes)
+            return Decoded(size, crops)
+
+
+class PictureEncoder:
+    """How a picture becomes tokens: on one machine, and on each of a cluster.
+
+    Args:
+        encoder: in eval mode.
+        reading: allow_urls and fast_decode of :class:`PictureReader`.
+    """
+
+    def __init__(self, encoder: VisionTransformer, **reading: bool) -> None:
+        self.encoder = encoder
+        self.device = Device(encoder.proj.device)
+        self.reader = PictureReader(encoder.crop_settings, self.device.device, **reading)
 
     def settings(self, origin: str, output: Output) -> dict[str, Any]:
         """What makes the numbers in a file of results what they are."""
@@ -216,41 +299,19 @@ class PictureEncoder:
             "crop_size": crop_settings.crop_size,
             "interpolation": crop_settings.interpolation,
             "fit": crop_settings.fit,
-            "fast_decode": str(self._fast_decode).lower(),
+            "fast_decode": str(self.reader.fast_decode).lower(),
             "dtype": str(self.encoder.proj.dtype).removeprefix("torch."),
             "store": output.store or "as computed",
             "shard_size": output.shard_size,
             "shard_format": output.shard_format,
         }
 
-    @torch.inference_mode()
-    def decode(self, picture: Picture, reserve: Reserve = lambda size: None) -> Decoded:
-        """In any thread. On a CPU the crops are cut here, too: that takes as long as decoding.
-
-        Raises:
-            TypeError, ValueError, OSError: it cannot be read.
-            RuntimeError: another failure, which names the picture.
-        """
-        with _naming([picture], but=_UNREADABLE):
-            pixels = load_image(picture.read(), reserve=reserve, **self._loading)
-        size = (pixels.shape[0], pixels.shape[1])
-        with _naming([picture]):
-            if self.device.device.type != "cpu":
-                pixels = self.device.stage(pixels)
-                reserve(pixels.nbytes)
-                return Decoded(size, pixels)
-            reserve(pixels.nbytes + self._crop_bytes)
-            crops = extract_crops([pixels], **self._cutting)
-            del pixels
-            reserve(crops.nbytes)
-            return Decoded(size, crops)
-
     def crops(self, batch: Sequence[Decoded]) -> Tensor:
         """[batch * crops_per_image, 3, crop_size, crop_size], float32, on the encoder's device."""
         pixels = self.device.upload([decoded.pixels for decoded in batch])
         if self.device.device.type == "cpu":
             return pixels[0] if len(pixels) == 1 else torch.cat(pixels)
-        return extract_crops(pixels, **self._cutting)
+        return extract_crops(pixels, **self.encoder.crop_settings.cutting)
 
     @torch.inference_mode()
     def tokens(self, crops: Tensor) -> Tensor:
@@ -260,7 +321,7 @@ class PictureEncoder:
 
 
 # What load_image raises for a picture; all else would happen to any.
-_UNREADABLE = (TypeError, ValueError, OSError)
+UNREADABLE = (TypeError, ValueError, OSError)
 
 
 @contextmanager
@@ -322,7 +383,7 @@ def encode_pictures(
                 yield row
                 on_done(1, device.share_waited())
 
-    decoded = read_ahead(pictures, encoder.decode, workers=workers)
+    decoded = read_ahead(pictures, encoder.reader.decode, workers=workers)
     with write_behind(write_batches, 1) as put:
         for batch in in_batches(map(_outcome, decoded), batch_size, lambda row: row[1] is not None):
             rows = [row for row, _ in batch]
@@ -350,7 +411,7 @@ def _outcome(read: tuple[Picture, Future[Decoded]]) -> tuple[Row, Decoded | None
     picture, future = read
     try:
         return Row(picture), future.result()
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         return Row(picture, error=str(error)), None
 
 

@@ -229,12 +229,8 @@ class Device:
         self._waited = 0.0
         self._last_end: Mark | None = None
 
-    def stage(self, pixels: Tensor) -> Tensor:
-        """Pixels in memory that :meth:`upload` copies from beside other work; in any thread."""
-        return pixels.pin_memory() if self._cuda and pixels.device.type == "cpu" else pixels
-
     def upload(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Copies of staged tensors on the device."""
+        """Copies on the device; of pinned tensors, beside its other work."""
         if self._uploads is None:
             return [tensor.to(self.device) for tensor in tensors]
         with torch.cuda.stream(self._uploads):

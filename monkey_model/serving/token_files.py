@@ -402,7 +402,7 @@ class _SafetensorsShard:
             index, self._count = self._count, self._count + 1
             self._tokens = packed["tokens"][:0] if self._tokens is None else self._tokens
             self._shape = list(packed["tokens"].shape)
-            self._file.write(_bytes_of(packed["tokens"]))
+            self._file.write(bytes_of(packed["tokens"]))
             if "scale" in packed:
                 self._scales.append(packed["scale"])
         self._rows.append({**about, "index": index})
@@ -419,7 +419,7 @@ class _SafetensorsShard:
             entry("tokens", self._tokens.dtype, [self._count, *self._shape], 0, end)
         if self._scales:
             scales = torch.stack(self._scales)
-            self._file.write(_bytes_of(scales))
+            self._file.write(bytes_of(scales))
             entry("scale", scales.dtype, list(scales.shape), end, end + scales.nbytes)
             end += scales.nbytes
         rows = json.dumps(self._rows).encode()
@@ -430,7 +430,8 @@ class _SafetensorsShard:
         self._file.write(len(text).to_bytes(8, "little") + text)
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Little-endian, row by row."""
     return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
@@ -454,8 +455,8 @@ def parquet_columns(rows: Sequence[Row], store: str | None) -> dict[str, list[An
             ("width", width),
             ("dtype", None if tokens is None else _NAMES[tokens.dtype]),
             ("shape", None if tokens is None else list(tokens.shape)),
-            ("tokens", None if tokens is None else _bytes_of(tokens).tobytes()),
-            ("scale", None if scale is None else _bytes_of(scale).tobytes()),
+            ("tokens", None if tokens is None else bytes_of(tokens).tobytes()),
+            ("scale", None if scale is None else bytes_of(scale).tobytes()),
         ):
             columns[name].append(value)
     return columns
@@ -500,7 +501,7 @@ class _ParquetShard:
         import pyarrow
 
         columns = parquet_columns(self._rows, self._store)
-        self._writer.write_table(pyarrow.table(columns, self._schema))
+        self._writer.write_table(pyarrow.table(columns, schema=self._schema))
         self._rows, self._bytes = [], 0
 
     def finish(self) -> None:
@@ -561,13 +562,14 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Tensor | None, str | None]]
                 if row["tokens"] is None:
                     yield row["id"], None, row["error"]
                     continue
-                stored = {"tokens": _tensor(row["tokens"], _DTYPES[row["dtype"]], row["shape"])}
+                stored = {"tokens": tensor_of(row["tokens"], _DTYPES[row["dtype"]], row["shape"])}
                 if row["scale"] is not None:
-                    stored["scale"] = _tensor(row["scale"], torch.float32, [-1, 1])
+                    stored["scale"] = tensor_of(row["scale"], torch.float32, [-1, 1])
                 yield row["id"], unpack(stored), None
 
 
-def _tensor(data: bytes, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+def tensor_of(data: bytes, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    """What :func:`bytes_of` took apart."""
     return torch.frombuffer(bytearray(data), dtype=dtype).view(*shape)
 
 
@@ -576,10 +578,10 @@ def _read_safetensors(path: Path) -> Iterator[tuple[str, Tensor | None, str | No
         with safe_open(path, "pt") as file:
             names = set(file.keys())
             if "rows" not in names:
-                stored = {name: file.get_tensor(name) for name in names}
+                stored = {name: file.gettensor_of(name) for name in names}
                 yield (file.metadata() or {})["image"], unpack(stored), None
                 return
-            for row in parse_json(file.get_tensor("rows").numpy().tobytes()):
+            for row in parse_json(file.gettensor_of("rows").numpy().tobytes()):
                 index = row["index"]
                 if index is None:
                     yield row["id"], None, row["error"]

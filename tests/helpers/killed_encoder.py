@@ -62,7 +62,7 @@ class Moments:
                 self()
 
         sys.addaudithook(audit)
-        for name in ("_bytes_of", "_json_line"):
+        for name in ("bytes_of", "_json_line"):
             setattr(token_files, name, self._before(getattr(token_files, name)))
 
     def _before(self, function):
