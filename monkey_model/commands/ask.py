@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,27 +11,20 @@ from monkey_model.commands.console import (
     DeviceOption,
     DTypeOption,
     PickleOption,
-    default_dtype,
     out_console,
     progress_bar,
     report,
     say,
-    usable_device,
+)
+from monkey_model.commands.loading import (
+    DeviceMapOption,
+    QuantizationOption,
+    check_one_place,
+    load_answerer,
 )
 
 if TYPE_CHECKING:
     from monkey_model.serving.answer import Answerer, Question
-
-
-class DeviceMap(str, Enum):
-    auto = "auto"
-    balanced = "balanced"
-    sequential = "sequential"
-
-
-class Quantization(str, Enum):
-    four = "4bit"
-    eight = "8bit"
 
 
 def _answer(answerer: Answerer, question: Question, checkpoint: str | None) -> None:
@@ -77,13 +68,8 @@ def ask(
         bool, typer.Option("--json", help="Print the answer as a line of --out's.")
     ] = False,
     device: DeviceOption = None,
-    device_map: Annotated[
-        DeviceMap | None,
-        typer.Option(help="Spread the model over all GPUs, and what is left over the CPU."),
-    ] = None,
-    quantization: Annotated[
-        Quantization | None, typer.Option(help="Weights in 4 or 8 bits, by bitsandbytes.")
-    ] = None,
+    device_map: DeviceMapOption = None,
+    quantization: QuantizationOption = None,
     dtype: DTypeOption = None,
     allow_pickle: PickleOption = False,
 ) -> None:
@@ -94,8 +80,7 @@ def ask(
         raise typer.BadParameter("give IMAGE and QUESTION, or --batch and --out")
     if as_json and many:
         raise typer.BadParameter("--json is for one question; --out has such lines anyway")
-    if device is not None and device_map is not None:
-        raise typer.BadParameter("give --device, for one, or --device-map, for all GPUs")
+    check_one_place(device, device_map)
     if batch is not None and out is not None:
         if out.is_dir():
             raise typer.BadParameter(f"--out must be a file; got the directory {out}")
@@ -103,26 +88,18 @@ def ask(
             raise typer.BadParameter("--out must be another file than --batch")
 
     from monkey_model.serving.answer import (
-        Answerer,
         Question,
         answer_file,
         read_questions,
     )
 
     def load() -> Answerer:
-        target = usable_device(device)
-        if device_map is not None and target.type == "cpu":
-            raise ValueError(
-                f"--device-map {device_map.value} spreads a model over GPUs; torch finds none here"
-            )
-        # It says that 8-bit products round their inputs, of each product anew.
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-        return Answerer.from_pretrained(
+        return load_answerer(
             checkpoint,
-            device=target,
-            dtype=default_dtype(dtype, target),
-            device_map=None if device_map is None else device_map.value,
-            quantization=None if quantization is None else quantization.value,
+            device,
+            device_map,
+            quantization,
+            dtype,
             allow_pickle=allow_pickle,
             chat=chat,
             max_new_tokens=max_new_tokens,

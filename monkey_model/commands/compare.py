@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from monkey_model.evaluation.records import Record
     from monkey_model.serving.answer import Answerer
 
-_SETTINGS = ("interpolation", "fit", "dtype", "device")
+_SETTINGS = ("interpolation", "fit", "dtype", "quantization", "device")
 _PICTURES = 16  # of --data that are encoded where none are given
 _SHOWN = 60  # answers on the page
 
@@ -78,11 +78,12 @@ def _open(side: str, checkpoint: Path, settings: dict[str, str], work: _Work) ->
             checkpoint,
             device=device,
             dtype=default_dtype(DType(settings["dtype"]), device),
-            whole=bool(work.records),
+            whole=bool(work.records) or "quantization" in settings,
             allow_pickle=work.allow_pickle,
             cutting={name: settings[name] for name in ("interpolation", "fit") if name in settings},
             max_new_tokens=work.max_new_tokens,
             template=PROMPT,
+            quantization=settings.get("quantization"),
         )
     except ValueError as error:
         raise ValueError(f"{side}: {error}") from None

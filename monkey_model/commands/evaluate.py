@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,6 @@ from rich.table import Table
 
 from monkey_model.commands.console import (
     DeviceOption,
-    DType,
     DTypeOption,
     PickleOption,
     default_dtype,
@@ -21,12 +21,21 @@ from monkey_model.commands.console import (
     say,
     usable_device,
 )
+from monkey_model.commands.loading import (
+    DeviceMapOption,
+    QuantizationOption,
+    check_one_place,
+    load_answerer,
+)
 from monkey_model.inputs.fetch import shown
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from monkey_model.evaluation.datasets import DataSet
     from monkey_model.evaluation.metrics import Metric
     from monkey_model.evaluation.records import Id, Record
+    from monkey_model.serving.answer import Answerer
 
 
 def _print_list(root: Path) -> None:
@@ -82,39 +91,22 @@ def _print_scores(title: str, content: dict[str, Any]) -> None:
 def _ask(
     records: list[Record],
     out: Path,
-    checkpoint: Path,
+    load: Callable[[], Answerer],
     settings: dict[str, Any],
-    *,
     shard: tuple[int, int] | None,
     batch_size: int,
-    device: str | None,
-    allow_pickle: bool,
 ) -> tuple[dict[Id, str], int]:
     """The answers, and how many questions they should answer."""
     from monkey_model.evaluation.evaluate import answer_all, questions_for
     from monkey_model.evaluation.records import check_pictures
-    from monkey_model.serving.answer import Answerer
 
     check_pictures(records)
-
-    def answerer() -> Answerer:
-        target = usable_device(device)
-        return Answerer.from_pretrained(
-            checkpoint,
-            device=target,
-            dtype=default_dtype(DType(settings["dtype"]), target),
-            allow_pickle=allow_pickle,
-            chat=settings["chat"],
-            max_new_tokens=settings["max_new_tokens"],
-            template=settings["prompt"],
-        )
-
     questions = questions_for(records, settings["prompt"], settings["chat"])
     mine = len(questions if shard is None else questions[shard[0] - 1 :: shard[1]])
     with progress_bar("Answering") as progress:
         task = progress.add_task("Answering", total=mine)
         answers = answer_all(
-            answerer,
+            load,
             questions,
             out,
             shard=shard,
@@ -177,6 +169,8 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Questions in one pass.")] = 1,
     worst: Annotated[int, typer.Option(min=1, help="Cases on the page.")] = 60,
     device: DeviceOption = None,
+    device_map: DeviceMapOption = None,
+    quantization: QuantizationOption = None,
     dtype: DTypeOption = None,
     allow_pickle: PickleOption = False,
     list_all: Annotated[
@@ -193,6 +187,7 @@ def evaluate(
         raise typer.BadParameter("give --checkpoint or --predictions")
     if out is None:
         raise typer.BadParameter("give --out, a folder for answers and scores")
+    check_one_place(device, device_map)
 
     from monkey_model.evaluation.evaluate import (
         WORST,
@@ -251,21 +246,25 @@ def evaluate(
             settings |= {
                 "checkpoint": str(checkpoint.resolve()),
                 "dtype": target_dtype,
+                "quantization": None if quantization is None else quantization.value,
                 "prompt": prompt or (known.prompt if known else PROMPT),
                 "chat": chat,
                 "max_new_tokens": max_new_tokens or (known.max_new_tokens if known else 100),
             }
             claim_folder(out, settings)
-            answers, asked = _ask(
-                records,
-                out,
+            load = partial(
+                load_answerer,
                 checkpoint,
-                settings,
-                shard=part,
-                batch_size=batch_size,
-                device=device,
+                device,
+                device_map,
+                quantization,
+                dtype,
                 allow_pickle=allow_pickle,
+                chat=chat,
+                max_new_tokens=settings["max_new_tokens"],
+                template=settings["prompt"],
             )
+            answers, asked = _ask(records, out, load, settings, part, batch_size)
         title = name or data.name
         content = None
         if len(answers) == asked and part is None:

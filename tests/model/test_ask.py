@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from monkey_model.commands.__main__ import app
-from monkey_model.commands.ask import Quantization
+from monkey_model.commands.loading import Quantization
 from monkey_model.serving.answer import Answerer, Question, answer_file, read_questions, unanswered
 from monkey_model.training.config import QUANTIZATIONS
 from monkey_model.training.peft_model import MonkeyPeftModel
@@ -622,7 +622,7 @@ def test_quantised_weights_answer(pictures, tmp_path, run, caplog, quantization,
 def test_a_device_map_answers_the_same(answerer, checkpoint, pictures, run, monkeypatch):
     """accelerate's own, of which a machine without a GPU has the CPU alone."""
     monkeypatch.setattr(
-        "monkey_model.commands.ask.usable_device", lambda name: torch.device("cuda")
+        "monkey_model.commands.loading.usable_device", lambda name: torch.device("cuda")
     )
     picture = str(pictures / "red.png")
     done = run(picture, "Colour?", "--checkpoint", checkpoint, "--max-new-tokens", "8",

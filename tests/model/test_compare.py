@@ -150,6 +150,15 @@ def test_before_and_after_fine_tuning_with_adapters(checkpoint, folder):
     assert found == pytest.approx(expected, rel=1e-4) and found > 0
 
 
+def test_quantisation(checkpoint, folder):
+    """Of the blocks' weights; the rest of the encoder is not quantised."""
+    run(checkpoint, checkpoint, "ramp.png", "--b", "quantization=8bit", "--device", "cpu",
+        "--out", "out")  # fmt: skip
+    found = result(folder / "out")
+    assert found["b"]["quantization"] == "8bit"
+    assert 1e-4 < found["tokens"]["relative_l2"] < 0.1
+
+
 @pytest.fixture
 def evaluations(folder):
     """Two folders of monkey evaluate."""
@@ -208,6 +217,7 @@ def test_evaluations_of_other_questions(evaluations):
         (("ramp.png", "--a", "grid=2"), "--a must be NAME=VALUE, NAME one of interpolation, fit"),
         (("ramp.png", "--a", "dtype=int8"), "--a dtype must be one of float32, float16, bfloat16"),
         (("ramp.png", "--b", "fit=zoom"), "B: fit must be one of "),
+        (("ramp.png", "--b", "quantization=2bit"), "B: quantization must be "),
         (("--b", "fit=pad"), "give PICTURES, or --data with some"),
         (("gone.png", "--b", "fit=pad"), "gone.png"),
         (("ramp.png", "--b", "fit=pad", "--metric", "anls"), "--metric needs --data"),
