@@ -351,11 +351,12 @@ def serving(answerer: Answerer, note: str, host: str, port: int) -> Iterator[str
         OSError: the port is in use.
     """
     with tempfile.TemporaryDirectory(prefix="monkey-demo-") as folder:
+        before = os.environ.get("GRADIO_TEMP_DIR")
         os.environ["GRADIO_TEMP_DIR"] = folder  # read when a component is made, and later
         page = build_page(Demo(answerer, folder), note)
         try:
             _, address, _ = page.queue(max_size=64).launch(
-                server_name=host,
+                server_name=f"[{host}]" if ":" in host else host,
                 server_port=port,
                 share=False,
                 inbrowser=False,
@@ -375,3 +376,5 @@ def serving(answerer: Answerer, note: str, host: str, port: int) -> Iterator[str
         finally:
             page.close(verbose=False)
             del os.environ["GRADIO_TEMP_DIR"]
+            if before is not None:
+                os.environ["GRADIO_TEMP_DIR"] = before

@@ -369,6 +369,13 @@ def test_the_page_says_what_it_is(address, visit):
     assert hosts <= {address.removeprefix("http://")}
 
 
+def test_an_address_with_colons_is_in_brackets(answerer, monkeypatch):
+    monkeypatch.setattr("gradio.Blocks.launch", lambda page, **with_: (0, with_["server_name"], 0))
+    for host, expected in (("::1", "[::1]"), ("localhost", "localhost")):
+        with serving(answerer, "", host, 1) as address:
+            assert address == expected
+
+
 def test_a_port_in_use_is_an_error_before_the_model_loads(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
