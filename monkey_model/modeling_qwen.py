@@ -332,7 +332,9 @@ class QWenModel(QWenPreTrainedModel):
                 f"attention; got {len(inputs_embeds)} rows"
             )
         # With the cache that came in: with one, transformers does not look for packed sequences.
-        mask = create_causal_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
+        # Without them it needs no positions, by which a traced graph would mask all the same.
+        packed_ids = None if sequences is None else position_ids
+        mask = create_causal_mask(self.config, inputs_embeds, attention_mask, cache, packed_ids)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         hidden_states = self.drop(inputs_embeds)
