@@ -57,12 +57,27 @@ def _print_list(root: Path) -> None:
     out_console.print(table)
 
 
-def _data_set(name: str) -> DataSet:
+def _known(name: str, options: dict[str, Any]) -> DataSet:
+    """The data set of --list, which has what ``options`` would say."""
     from monkey_model.evaluation.datasets import DATA_SETS
 
     if name not in DATA_SETS:
         raise ValueError(f"data set must be one of {', '.join(DATA_SETS)} (--list); got {name!r}")
+    for option, given in options.items():
+        if given is not None:
+            raise ValueError(f"{option} is for --data; {name} has its own")
     return DATA_SETS[name]
+
+
+def _hashed(**files: Path | None) -> dict[str, str]:
+    """Paths and hashes of the files that are given."""
+    from monkey_model.evaluation.evaluate import file_hash
+
+    found: dict[str, str] = {}
+    for name, path in files.items():
+        if path is not None:
+            found |= {name: str(path), f"{name}_sha256": file_hash(path)}
+    return found
 
 
 def find_metrics(names: list[str]) -> list[Metric]:
@@ -189,10 +204,10 @@ def evaluate(
         raise typer.BadParameter("give --out, a folder for answers and scores")
     check_one_place(device, device_map)
 
+    from monkey_model.evaluation.datasets import PROMPT, DataSet
     from monkey_model.evaluation.evaluate import (
         WORST,
         claim_folder,
-        file_hash,
         parse_shard,
         score,
         write_results,
@@ -201,75 +216,64 @@ def evaluate(
     from monkey_model.evaluation.worst_page import build_worst_page
 
     try:
-        known = None if name is None else _data_set(name)
         part = None if shard is None else parse_shard(shard)
         if part is not None and checkpoint is None:
             raise ValueError("--shard is for --checkpoint: predictions are scored at once")
-        if known is not None:
-            for option, given in (("--annotations", annotations), ("--prompt", prompt),
-                                  ("--image-pattern", image_pattern)):  # fmt: skip
-                if given is not None:
-                    raise ValueError(f"{option} is for --data; {known.name} has its own")
-            root = root or Path()
-            data = root / known.data
-            annotations = None if known.annotations is None else root / known.annotations
         if prompt is not None and "{}" not in prompt:
             raise ValueError(f"--prompt must have a place {{}} for the question; got {prompt!r}")
-        assert data is not None
-        metrics = find_metrics([*(known.metrics if known else ()), *(metric or ())])
+        if data is not None:
+            chosen = DataSet(data.name, str(data), (), 100, prompt=prompt or PROMPT)
+            folder, image_root = Path(), root
+        else:
+            its_own = {"--annotations": annotations, "--prompt": prompt,
+                       "--image-pattern": image_pattern}  # fmt: skip
+            chosen = _known(str(name), its_own)
+            folder = image_root = root or Path()
+            if chosen.annotations is not None:
+                annotations = folder / chosen.annotations
+        data = folder / chosen.data
+        metrics = find_metrics([*chosen.metrics, *(metric or ())])
         if not metrics:
             raise ValueError("--data needs a --metric (--list has them)")
         records = read_records(
             data,
             annotations=annotations,
-            image_root=root,
+            image_root=image_root,
             image_pattern=image_pattern,
             number_lines=number_lines,
         )
         check_metrics(metrics, records)
-
-        settings: dict[str, Any] = {"data_set": name, "data": str(data)}
-        settings["data_sha256"] = file_hash(data)
-        if annotations is not None:
-            settings |= {"annotations": str(annotations)}
-            settings["annotations_sha256"] = file_hash(annotations)
+        settings: dict[str, Any] = {
+            "data_set": chosen.name,
+            **_hashed(data=data, annotations=annotations, predictions=predictions),
+        }
         if predictions is not None:
             answers, asked = read_predictions(predictions, records), len(records)
-            settings |= {"predictions": str(predictions)}
-            settings["predictions_sha256"] = file_hash(predictions)
             claim_folder(out, settings)
         else:
             assert checkpoint is not None
-            from monkey_model.evaluation.datasets import PROMPT
-
-            target_dtype = str(default_dtype(dtype, usable_device(device))).removeprefix("torch.")
+            asking = {
+                "chat": chat,
+                "max_new_tokens": max_new_tokens or chosen.max_new_tokens,
+            }
+            target_dtype = default_dtype(dtype, usable_device(device))
             settings |= {
                 "checkpoint": str(checkpoint.resolve()),
-                "dtype": target_dtype,
+                "dtype": str(target_dtype).removeprefix("torch."),
                 "quantization": None if quantization is None else quantization.value,
-                "prompt": prompt or (known.prompt if known else PROMPT),
-                "chat": chat,
-                "max_new_tokens": max_new_tokens or (known.max_new_tokens if known else 100),
+                "prompt": chosen.prompt,
+                **asking,
             }
             claim_folder(out, settings)
             load = partial(
-                load_answerer,
-                checkpoint,
-                device,
-                device_map,
-                quantization,
-                dtype,
-                allow_pickle=allow_pickle,
-                chat=chat,
-                max_new_tokens=settings["max_new_tokens"],
-                template=settings["prompt"],
-            )
+                load_answerer, checkpoint, device, device_map, quantization, dtype,
+                allow_pickle=allow_pickle, template=chosen.prompt, **asking,
+            )  # fmt: skip
             answers, asked = _ask(records, out, load, settings, part, batch_size)
-        title = name or data.name
         content = None
         if len(answers) == asked and part is None:
             scored = score(records, answers, metrics)
-            page = build_worst_page(scored, shown(title), settings, worst)
+            page = build_worst_page(scored, shown(chosen.name), settings, worst)
             content = write_results(out, scored, settings, page)
     except (OSError, RuntimeError, TypeError, ValueError) as error:  # RuntimeError: out of memory
         report(str(error))
@@ -280,5 +284,5 @@ def evaluate(
     if content is None:
         say(err_console, f"{asked} questions answered. Score all without --shard.")
         return
-    _print_scores(title, content)
+    _print_scores(chosen.name, content)
     say(err_console, f"{shown(str(out / WORST))} has the worst cases")

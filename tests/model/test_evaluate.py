@@ -199,6 +199,11 @@ def test_a_folder_keeps_the_answers_of_one_thing(ask, folder):
         done.stderr
     )
     assert {path.name: path.read_bytes() for path in (folder / "out").iterdir()} == before
+    text = (folder / "data.jsonl").read_text()
+    (folder / "data.jsonl").write_text(text.replace("Colour 5?", "Colour?"))
+    assert "out has another evaluation's answers: data_sha256 is " in ask(code=2).stderr
+    (folder / "copy.jsonl").write_text(text)
+    (folder / "copy.jsonl").replace("data.jsonl")
     (folder / "out" / "settings.json").unlink()
     assert "out has answers (answers.jsonl), but no settings.json" in ask(code=2).stderr
 
