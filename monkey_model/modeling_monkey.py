@@ -157,7 +157,10 @@ class MonkeyModel(MonkeyPreTrainedModel, QWenModel):
 
     @torch.compiler.disable
     def encode_images(
-        self, input_ids: Tensor, pixel_values: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        visual_tokens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The positions of the image spans, and the visual tokens that belong there.
 
@@ -168,18 +171,29 @@ class MonkeyModel(MonkeyPreTrainedModel, QWenModel):
         Args:
             input_ids: [B, T].
             pixel_values: see :meth:`forward`.
+            visual_tokens: [images, span, hidden_size], if the images are encoded already: then
+                their positions alone are found.
 
         Returns:
             [B, T] bool, and [tokens, hidden_size] in the order of its True entries.
 
         Raises:
             ValueError: spans that :func:`find_spans` refuses; another number of images than of
-                spans, or another shape; a span without a path and without pixel_values; a path that
+                spans, or another shape; a span without a path and without its image; a path that
                 leaves ``image_root``; an image that cannot be read.
         """
         visual, start_id = self.visual, self.config.visual["image_start_id"]
         settings = visual.crop_settings
         spans = find_spans(input_ids, start_id, settings.image_span)
+        if visual_tokens is not None:
+            shape = [len(spans), settings.image_span, self.config.hidden_size]
+            if list(visual_tokens.shape) != shape:
+                raise ValueError(
+                    f"visual_tokens must be {shape}, an image for each of {len(spans)} "
+                    f"spans in input_ids; got {list(visual_tokens.shape)}"
+                )
+            mask = mask_spans(spans, input_ids)
+            return mask, visual_tokens.flatten(0, 1).to(mask.device)
         if pixel_values is not None:
             side = settings.crop_size
             expected = (len(spans), settings.crops_per_image, 3, side, side)
@@ -264,17 +278,19 @@ class MonkeyLMHeadModel(ChatMixin, MonkeyPreTrainedModel, QWenLMHeadModel):
     ) -> tuple[LongTensor, dict[str, Any]]:
         """Encode the prompts' images, once, and repeat each prompt with all of its own."""
         pixel_values = model_kwargs.pop("pixel_values", None)
+        encoded = model_kwargs.pop("visual_tokens", None)
         visual: dict[str, Tensor] = {}
         if model_kwargs.get("inputs_embeds") is None and input_ids is not None:
             cache = model_kwargs.get(CACHE)
             total = model_kwargs["position_ids"].shape[-1]
             fresh = total - (0 if cache is None else int(cache.get_seq_length()))
-            mask, tokens = self.transformer.encode_images(input_ids[:, -fresh:], pixel_values)
+            ids = input_ids[:, -fresh:]
+            mask, tokens = self.transformer.encode_images(ids, pixel_values, encoded)
             groups = tokens.split(mask.sum(1).tolist())
             mask = F.pad(mask, (total - mask.shape[1], 0))
             visual["visual_mask"] = mask.repeat_interleave(expand_size, dim=0)
             visual["visual_tokens"] = torch.cat([g for g in groups for _ in range(expand_size)])
-        elif pixel_values is not None:
+        elif pixel_values is not None or encoded is not None:
             raise ValueError(_NO_PLACE)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size, is_encoder_decoder, input_ids, **model_kwargs

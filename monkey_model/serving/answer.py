@@ -30,7 +30,8 @@ from monkey_model.files import (
 from monkey_model.inputs.fetch import SCHEME
 from monkey_model.inputs.prompts import GROUNDING, check_no_surrogates
 from monkey_model.processing_monkey import MonkeyProcessor
-from monkey_model.serving.pipeline import in_batches, read_ahead
+from monkey_model.serving.picture_cache import PictureCache, Shown
+from monkey_model.serving.pipeline import Reserve, in_batches, read_ahead
 from monkey_model.training.peft_model import adapter_weights, load_peft_model
 from monkey_model.training.peft_presets import quantization_config
 
@@ -141,6 +142,14 @@ class Answerer:
         process = self.processor.image_processor
         return [process([image])["pixel_values"] for image in question.images]
 
+    @torch.inference_mode()
+    def encode(self, images: Sequence[Tensor]) -> list[Tensor]:
+        """The visual tokens [1, image_span, width], on the CPU, of each of :meth:`read_images`."""
+        visual = self.model.transformer.visual
+        crops = torch.cat(list(images)).to(self.model.device).flatten(0, 1)
+        tokens = visual.encode_crops(crops).cpu()
+        return list(tokens.view(len(images), visual.crop_settings.image_span, -1).split(1))
+
     def prompt(self, question: Question) -> str:
         """The text for the tokenizer. Special tokens in a question are plain text but for boxes."""
         if not self.chat:
@@ -160,7 +169,8 @@ class Answerer:
 
         Args:
             questions: what to answer.
-            images: what :meth:`read_images` gave for each, if it was called already.
+            images: what :meth:`read_images` gave for each, if it was called already, or what
+                :meth:`encode` made of it.
 
         Raises:
             TypeError, ValueError, OSError: a picture that cannot be read, or a text that cannot be
@@ -210,9 +220,10 @@ class Answerer:
         """The arguments of ``model.generate`` for a batch of prompts with these pictures."""
         tokenizer, device = self.processor.tokenizer, self.model.device
         inputs = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
+        name = "visual_tokens" if images and images[0].dim() == 3 else "pixel_values"
         return {
             **inputs.to(device),
-            "pixel_values": torch.cat(list(images)).to(device) if images else None,
+            name: torch.cat(list(images)).to(device) if images else None,
             "use_cache": True,  # the published config.json says false
             "do_sample": False,
             "num_beams": 1,
@@ -470,20 +481,30 @@ def _answer_left(
     on_problem: Callable[[str], None],
 ) -> int:
     failed = 0
+    pictures = PictureCache(
+        lambda path: answerer.read_images(Question("", (path,)))[0], answerer.encode
+    )
+
+    def read(question: Question, _: Reserve) -> list[Shown]:
+        return [pictures.read(os.fsdecode(image)) for image in question.images]
+
     # Unbuffered: each write is one call of the system, which appends all of it.
     with open(out, "ab", buffering=0) as file:
-        read = read_ahead(left, lambda question, _: answerer.read_images(question))
-        for batch in in_batches(read, batch_size, lambda row: row[1].exception() is None):
-            readable = []
-            for question, images in batch:
+        rows = read_ahead(left, read)
+        for batch in in_batches(rows, batch_size, lambda row: row[1].exception() is None):
+            asked: list[Question] = []
+            shown: list[list[Shown]] = []
+            for question, future in batch:
                 try:
-                    readable.append((question, images.result()))
+                    shown.append(future.result())
+                    asked.append(question)
                 except (TypeError, ValueError, OSError) as error:
                     failed += 1
                     on_problem(f"id {question.id!r}: {error}")
-            if readable:
-                asked, pictures = zip(*readable, strict=True)
-                for question, answer in zip(asked, answerer.answer(asked, pictures), strict=True):
+            if asked:
+                tokens = iter(pictures.tokens([picture for row in shown for picture in row]))
+                images = [[next(tokens) for _ in row] for row in shown]
+                for question, answer in zip(asked, answerer.answer(asked, images), strict=True):
                     file.write(answer_record(question, answer, checkpoint))
             on_done(len(batch))
     return failed

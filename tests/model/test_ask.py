@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from monkey_model.commands.__main__ import app
 from monkey_model.commands.loading import Quantization
 from monkey_model.serving.answer import Answerer, Question, answer_file, read_questions, unanswered
+from monkey_model.serving.picture_cache import PictureCache
 from monkey_model.training.config import QUANTIZATIONS
 from monkey_model.training.peft_model import MonkeyPeftModel
 from monkey_model.training.peft_presets import lora_config
@@ -302,6 +303,47 @@ def test_file_of_questions(answerer, checkpoint, pictures, run):
     assert answers(out) == one_by_one
     record = json.loads(out.read_text().split("\n")[1])
     assert record["question"] == "Which?" and len(record["images"]) == 2
+
+
+def test_a_picture_is_encoded_once(answerer, pictures, monkeypatch):
+    """Under whatever name; a bad one is an error of each question, by the name it has there."""
+    shutil.copy(pictures / "red.png", pictures / "copy.png")
+    for name in ("bad.png", "worse.png"):
+        (pictures / name).write_bytes(b"no picture")
+    names = (["red"], ["copy", "blue"], ["bad"], ["red"], ["blue", "red"], ["worse"])
+    questions = [
+        Question(f"Colour {number}?", tuple(str(pictures / f"{name}.png") for name in row), number)
+        for number, row in enumerate(names)
+    ]
+    good = [question for question in questions if question.id not in (2, 5)]
+    expected = [answerer.answer([question])[0] for question in good]
+    encoded, real = [], answerer.encode
+    monkeypatch.setattr(answerer, "encode", lambda crops: encoded.extend(crops) or real(crops))
+    problems = []
+    out = pictures / "out.jsonl"
+    assert answer_file(answerer, questions, out, batch_size=2, on_problem=problems.append) == 2
+    assert len(encoded) == 2
+    assert [json.loads(line)["answer"] for line in out.read_text().splitlines()] == expected
+    assert ["bad.png" in problems[0], "worse.png" in problems[1]] == [True, True]
+
+
+def test_pictures_are_kept_within_bounds(tmp_path):
+    """The one that was named least recently goes first, and is encoded again when it is back."""
+    encoded = []
+
+    def encode(crops):
+        encoded.extend(int(image[0]) for image in crops)
+        return [image + 100 for image in crops]
+
+    for number in range(3):
+        (tmp_path / str(number)).write_text(str(number))
+    cache = PictureCache(
+        lambda path: torch.tensor([int((tmp_path / path).read_text())]), encode, most_bytes=2 * 8
+    )
+    for number in (0, 1, 0, 2, 0, 1):
+        (tokens,) = cache.tokens([cache.read(str(tmp_path / str(number)))])
+        assert tokens.tolist() == [100 + number]
+    assert encoded == [0, 1, 2, 1]
 
 
 def test_resuming_skips_answers_and_mends_a_torn_line(answerer, pictures):

@@ -11,7 +11,7 @@ from transformers import DynamicCache, StaticCache
 
 from monkey_model.modeling_monkey import MonkeyLMHeadModel
 from monkey_model.transformers_compat import CACHE
-from tests.helpers.tiny import IMG, left_pad, pixels, span, tiny_model
+from tests.helpers.tiny import IMG, SPAN, left_pad, pixels, span, tiny_model
 
 # One image, none, two.
 PROMPTS = [[5, 6, *span(), 7], [8, 9, 10, 11], [*span(), 12, *span(), 13, 14]]
@@ -111,6 +111,23 @@ def test_images_are_encoded_once(model, settings):
     finally:
         handle.remove()
     assert sum(crops) == PICTURES.shape[0] * visual.crop_settings.crops_per_image
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}])
+def test_pictures_that_are_encoded_already(model, settings):
+    expected = of_batch(model, **settings)
+    tokens = model.transformer.visual.encode_crops(PICTURES.flatten(0, 1)).view(3, SPAN, -1)
+    batch = left_pad(PROMPTS)
+    out = generate(model, **batch, visual_tokens=tokens, **settings)
+    assert torch.equal(out[:, batch["input_ids"].shape[1] :], expected)
+    message = (
+        rf"visual_tokens must be \[3, {SPAN}, 128\], an image for each of 3 spans .* got \[2, "
+    )
+    with pytest.raises(ValueError, match=message):
+        generate(model, **batch, visual_tokens=tokens[:2])
+    embeddings = model.get_input_embeddings()(batch["input_ids"])
+    with pytest.raises(ValueError, match="need input_ids"):
+        generate(model, inputs_embeds=embeddings, visual_tokens=tokens)
 
 
 def test_prompt_in_chunks(model):
