@@ -386,7 +386,8 @@ def check_arguments(section: str, given: Mapping[str, Any]) -> None:
     """
     from transformers import TrainingArguments
 
-    known = {f.name: f.type for f in fields(TrainingArguments) if f.init}
+    hints = get_type_hints(TrainingArguments)
+    known = {f.name: hints[f.name] for f in fields(TrainingArguments) if f.init}
     for key in given:
         if key in _OWN:
             raise ValueError(f"{section}.{key} is set by {_OWN[key]}; remove it")

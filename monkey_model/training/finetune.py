@@ -140,6 +140,10 @@ class RunTrainer(Trainer):
                 begin_checkpoint(checkpoint, self.run_settings)
             super()._save_checkpoint(*args, **kwargs)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        with resuming_from(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with resuming_from(str(checkpoint)):
             super()._load_optimizer_and_scheduler(checkpoint)

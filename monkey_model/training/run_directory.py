@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
@@ -176,7 +177,9 @@ def resuming_from(checkpoint: str | Path) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (*UNREADABLE_PICKLE, OSError, LookupError, TypeError, AttributeError) as error:
+    except (
+        *UNREADABLE_PICKLE, SafetensorError, OSError, LookupError, TypeError, AttributeError,
+    ) as error:  # fmt: skip
         reason = " ".join(str(error).split())[:300]
         if not isinstance(error, ValueError):
             reason = f"{type(error).__name__}: {reason}"

@@ -203,7 +203,18 @@ def fill_cache(
                 tokens = visual.encode_crops(crops, crop_chunk=len(crops))
             cache.write(digest, tokens.flatten(0, 1))
     cache.pictures = dict(gather_object(list(digests.items())))
+    _check_shared(cache)
     return cache
+
+
+def _check_shared(cache: TokenCache) -> None:
+    """Raise a ValueError where what another node has written is not seen."""
+    everyones = sorted(set(cache.pictures.values()))
+    if unseen := [d for d in everyones[:: 1 + len(everyones) // 100] if not cache.holds(d)]:
+        raise ValueError(
+            "cache_visual_tokens must be a directory that all processes share; "
+            f"{cache.directory} lacks {unseen[0]}.safetensors, which another one has written"
+        )
 
 
 def _check_room(directory: Path, cache: TokenCache, count: int) -> None:

@@ -213,7 +213,14 @@ def test_a_resumed_run_is_the_same_run(config, start, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"]
+    "name",
+    [
+        "adapter_model.safetensors",
+        "optimizer.pt",
+        "rng_state.pth",
+        "scheduler.pt",
+        "trainer_state.json",
+    ],
 )
 def test_a_damaged_checkpoint_is_named(config, resumable, tmp_path, name):
     """A file that is not there or cut is found before anything loads; another one as it loads."""

@@ -176,6 +176,13 @@ def test_a_disk_without_room_is_refused_before_anything_is_encoded(config, monke
     assert encoded == []
 
 
+def test_nodes_with_disks_of_their_own_are_refused(config, monkeypatch):
+    elsewhere = [("other.png", "0" * 64)]
+    monkeypatch.setattr(token_cache, "gather_object", lambda mine: [*mine, *elsewhere])
+    with pytest.raises(ValueError, match=r"a directory that all processes share; .* lacks 0{64}.s"):
+        finetune(config(cache_visual_tokens=True))
+
+
 def test_a_picture_that_cannot_be_read_names_its_record(config, tmp_path):
     data = write_data(tmp_path / "data")
     picture = data.parent / "blue.png"
