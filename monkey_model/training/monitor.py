@@ -182,7 +182,7 @@ class SampleAnswers(TrainerCallback):
         model.train(training)
         if not state.is_world_process_zero:
             return
-        self._write(Path(str(args.output_dir), SAMPLES), state, answers)
+        self.write(Path(str(args.output_dir), SAMPLES), state, answers)
         for board in self.boards:
             if board.tb_writer is not None:
                 self._show(board.tb_writer, state.global_step, answers)
@@ -214,7 +214,12 @@ class SampleAnswers(TrainerCallback):
         new = output[0, len(ids) :].tolist()
         return str(tokenizer.decode(new, skip_special_tokens=True)).strip()
 
-    def _write(self, path: Path, state: TrainerState, answers: Sequence[str]) -> None:
+    def write(self, path: Path, state: TrainerState, answers: Sequence[str]) -> None:
+        """Append a line for each answer.
+
+        Raises:
+            WriteError: they cannot be written.
+        """
         lines = [
             json.dumps(
                 {

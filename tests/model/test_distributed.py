@@ -167,6 +167,8 @@ def alone_frozen(train):
     return train("frozen", 1, freeze=FROZEN)
 
 
+# The two in which a process that runs the encoder waits for the others to run it too.
+@pytest.mark.parametrize("launch", ["fsdp2", "zero3"], indirect=True, scope="module")
 def test_each_process_encodes_its_share_once(train, alone_frozen, launch):
     """And none runs the encoder in training: processes whose batches lack pictures would wait."""
     output, losses, adapter = train(

@@ -10,12 +10,14 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import TrainerState
 
 from monkey_model.training.config import FinetuneConfig, training_arguments
+from monkey_model.training.conversations import read_conversations
 from monkey_model.training.finetune import draw_loss_curve, finetune
-from monkey_model.training.monitor import SAMPLES, Speed, count
+from monkey_model.training.monitor import SAMPLES, SampleAnswers, Speed, count
 from monkey_model.training.run_directory import last_complete_checkpoint
-from tests.helpers.checkpoint import write_checkpoint, write_data
+from tests.helpers.checkpoint import tiny_processor, write_checkpoint, write_data
 
 SPEED = (
     "samples_per_second",
@@ -119,14 +121,17 @@ def test_a_watched_run_is_the_run(config, start, tmp_path, monkeypatch):
     assert (picture.width, picture.height) == (60, 40)
 
 
-def test_a_line_that_was_cut_stays_apart(config, start, tmp_path):
-    samples = str(start[1].parent / "samples.json")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / SAMPLES).write_text('{"step": 1')
-    training = {"max_steps": 1, "eval_strategy": "steps", "save_strategy": "no"}
-    finetune(config(eval_data=samples, sample_data=samples, sample_tokens=1, training=training))
-    first, *others = (tmp_path / "out" / SAMPLES).read_text().splitlines()
-    assert first == '{"step": 1' and len([json.loads(line) for line in others]) == 2
+def test_a_line_that_was_cut_stays_apart(start, tmp_path):
+    conversations = read_conversations(start[1].parent / "samples.json")
+    samples = SampleAnswers(conversations, tiny_processor(tmp_path), 200, 1)
+    path, state = tmp_path / SAMPLES, TrainerState(global_step=5)
+    for before in (None, '{"step": 1', '{"step": 1}\n'):
+        if before is not None:
+            path.write_text(before)
+        samples.write(path, state, ["a", "b"])
+        *first, one, two = path.read_text().splitlines()
+        assert "".join(first) == (before or "").strip()
+        assert [json.loads(line)["answer"] for line in (one, two)] == ["a", "b"]
 
 
 def test_samples_that_cannot_be_asked(config, start, tmp_path):

@@ -111,6 +111,7 @@ def test_a_cached_run_is_the_uncached_one(config, tmp_path, encoded, dtype):
     assert len(list(folder.iterdir())) == len(COLOURS)
 
 
+@pytest.mark.slow
 def test_packed_and_beside_the_run(config, tmp_path, encoded):
     finetune(config("uncached", packing=True, model_max_length=128))
     encoded.clear()
