@@ -18,8 +18,8 @@ from monkey_model.modeling_qwen import QWenLMHeadModel
 from monkey_model.training.conversations import IGNORED, ConversationCollator
 from monkey_model.training.packing import pack
 
-CONVERSATIONS, CAPACITY = (32, 2048) if SCALE == "real" else (8, 256)
-WIDTH, VOCABULARY = (1024, 8192) if SCALE == "real" else (64, 128)
+CONVERSATIONS, CAPACITY = (16, 1024) if SCALE == "real" else (8, 256)
+WIDTH, VOCABULARY = (512, 8192) if SCALE == "real" else (64, 128)
 
 
 @pytest.fixture(scope="module")
