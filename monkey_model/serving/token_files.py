@@ -578,10 +578,10 @@ def _read_safetensors(path: Path) -> Iterator[tuple[str, Tensor | None, str | No
         with safe_open(path, "pt") as file:
             names = set(file.keys())
             if "rows" not in names:
-                stored = {name: file.gettensor_of(name) for name in names}
+                stored = {name: file.get_tensor(name) for name in names}
                 yield (file.metadata() or {})["image"], unpack(stored), None
                 return
-            for row in parse_json(file.gettensor_of("rows").numpy().tobytes()):
+            for row in parse_json(file.get_tensor("rows").numpy().tobytes()):
                 index = row["index"]
                 if index is None:
                     yield row["id"], None, row["error"]
