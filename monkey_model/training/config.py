@@ -212,7 +212,7 @@ class FinetuneConfig:
                 raise TypeError(f"{name} must be {expected}; got {value!r}")
         for name, value in vars(self).items():
             if isinstance(value, str) and (not value or "\0" in value):
-                raise ValueError(f"{name} must be a text without zero bytes; got {value!r}")
+                raise ValueError(f"{name} must not be empty or hold a zero byte; got {value!r}")
         check_choice("mode", self.mode, MODES)
         check_choice("dtype", self.dtype, DTYPES)
         if self.quantization is not None:

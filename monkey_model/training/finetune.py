@@ -371,7 +371,7 @@ def draw_loss_curve(history: Iterable[Mapping[str, Any]], path: str | Path) -> N
         if any(math.isfinite(loss) for _, loss in points):
             # A line of one point is not seen.
             axes.plot(*zip(*points, strict=True), style if points[1:] else "o", label=label)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set(xlabel="step", ylabel="loss")
     axes.grid(alpha=0.3)
     if axes.lines:
