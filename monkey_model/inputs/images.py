@@ -21,6 +21,7 @@ from PIL import ExifTags, Image
 from torch import Tensor
 
 from monkey_kernels import extract_crops
+from monkey_model.inputs.fast_jpeg import decode_jpeg
 from monkey_model.inputs.fetch import SCHEME, fetch, redact
 from monkey_model.inputs.picture_files import (
     check_exif,
@@ -202,14 +203,21 @@ def _decode(
         else:
             image = open_picture(source)
         check_pixels(image.height, image.width)
+        stored_size = image.size
         if fast_decode is not None and image.format in ("JPEG", "MPO"):
             height, width = fast_decode[::-1] if _orientation(image) >= 5 else fast_decode
             image.draft(None, (width, height))
         if reserve is not None:
             reserve(_BYTES_PER_PIXEL * image.height * image.width)
+        if not isinstance(source, Image.Image) and image.size == stored_size:
+            pixels = decode_jpeg(image, source)
+            if pixels is not None:
+                return _turned(pixels, _orientation(image))
         image.load()
         check_pixels(image.height, image.width)  # a header need not tell the truth
-        return _copy_pixels(image, _orientation(image))
+        return _copy_pixels(
+            image.size, lambda t, b: image.crop((0, t, image.width, b)), _orientation(image)
+        )
     except MemoryError:
         raise
     except Exception as error:
@@ -228,9 +236,22 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and value in _UPRIGHT else 1
 
 
-def _copy_pixels(image: Image.Image, orientation: int) -> Tensor:
-    """A loaded image to uint8 [H, W, 3], turned upright."""
-    width, height = image.size
+def _turned(pixels: np.ndarray, orientation: int) -> Tensor:
+    """Stored uint8 [H, W, 3], turned upright."""
+    if orientation not in _UPRIGHT:
+        return torch.from_numpy(pixels)
+    height, width, _ = pixels.shape
+    return _copy_pixels((width, height), lambda t, b: Image.fromarray(pixels[t:b]), orientation)
+
+
+def _copy_pixels(
+    size: tuple[int, int], strip_of: Callable[[int, int], Image.Image], orientation: int
+) -> Tensor:
+    """The rows of a picture of ``size`` (width, height) to uint8 [H, W, 3], turned upright.
+
+    ``strip_of`` gives those from a top to a bottom, in any mode.
+    """
+    width, height = size
     if width == 0 or height == 0:
         raise ValueError(f"it has no pixels, but {height} rows and {width} columns")
     turn, swapped, mirrored = _UPRIGHT.get(orientation, (None, False, False))
@@ -239,7 +260,7 @@ def _copy_pixels(image: Image.Image, orientation: int) -> Tensor:
     rows = max(1, _STRIP_PIXELS // width)
     for top in range(0, height, rows):
         bottom = min(top + rows, height)
-        strip = image.crop((0, top, width, bottom))
+        strip = strip_of(top, bottom)
         if turn is not None:
             strip = strip.transpose(turn)
         part = slice(height - bottom, height - top) if mirrored else slice(top, bottom)

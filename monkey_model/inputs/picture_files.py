@@ -246,12 +246,16 @@ def _segments(file: IO[bytes]) -> Iterator[tuple[int, int, bytes]]:
             return
         if marker < 0xC0 or marker == 0xD8:  # no segment: reserved, or the picture's beginning
             continue
-        segment = file.seek(at - len(data), os.SEEK_CUR)
-        head = file.read(8)
+        if at + 8 > len(data):  # its head is in the next block
+            file.seek(at - len(data), os.SEEK_CUR)
+            data, at = file.read(_BLOCK), 0
+        head = data[at : at + 8]
         length = int.from_bytes(head[:2], "big")
         yield marker, length, head[2:]
-        file.seek(segment + max(length, 2))
-        data, at = b"", 0
+        at += max(length, 2)
+        if at > len(data):
+            file.seek(at - len(data), os.SEEK_CUR)
+            data, at = b"", 0
 
 
 def _check_png(file: IO[bytes], most_pixels: int = MAX_IMAGE_CHUNKS) -> None:
