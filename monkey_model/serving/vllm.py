@@ -1,7 +1,7 @@
 """vLLM's plug-in: with this package installed, ``vllm serve DIR`` takes a Monkey checkpoint.
 
 vLLM calls :func:`register` in each of its processes (entry point group ``vllm.general_plugins``),
-for other models' sake too: it must be quick, and change nothing for them. The model itself is in
+whatever model they serve: it changes nothing for others. The model itself is in
 :mod:`monkey_model.serving.vllm_model`, which vLLM imports when a config names it.
 """
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import BatchFeature
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsMultiModal, SupportsPP
 from vllm.model_executor.models.module_mapping import MultiModelKeys
 from vllm.model_executor.models.utils import (
@@ -159,6 +160,17 @@ def _lora_names() -> dict[re.Pattern[str], str]:
     return names
 
 
+def _check_head_size(model: nn.Module, size: int) -> None:
+    """On a CPU vLLM does not ask whether its attention has the heads of a model."""
+    for module in model.modules():
+        if isinstance(module, Attention) and not module.attn_backend.supports_head_size(size):
+            sizes = ", ".join(map(str, module.attn_backend.get_supported_head_sizes()))
+            raise ValueError(
+                f"kv_channels must be a head size of vLLM's {module.attn_backend.get_name()}, "
+                f"{sizes}; got {size}"
+            )
+
+
 @MULTIMODAL_REGISTRY.register_processor(
     MonkeyMultiModalProcessor, info=MonkeyProcessingInfo, dummy_inputs=MonkeyDummyInputs
 )
@@ -168,8 +180,8 @@ class MonkeyForVllm(nn.Module, SupportsLoRA, SupportsMultiModal, SupportsPP):
     With tensor parallelism each rank has the whole encoder, and its share of a step's pictures.
 
     Raises:
-        ValueError: a model that vLLM's Qwen2 cannot express; a max_model_len beyond the length up
-            to which the two are the same.
+        ValueError: a model that vLLM's Qwen2 cannot express; heads that its attention has not; a
+            max_model_len beyond the length up to which the two are the same.
     """
 
     supports_encoder_tp_data = True
@@ -195,6 +207,7 @@ class MonkeyForVllm(nn.Module, SupportsLoRA, SupportsMultiModal, SupportsPP):
                 prefix=maybe_prefix(prefix, "language_model"),
                 architectures=language.architectures,
             )
+        _check_head_size(self.language_model, config.kv_channels)
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
 
     @classmethod

@@ -30,6 +30,8 @@ from monkey_model.training.peft_presets import lora_config
 
 LENGTH = 4096  # of two pictures, and some text
 REPLY = 16
+# Of the server: GB for its cache; nothing is sent to anyone.
+SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def write_published(folder: Path) -> Path:
@@ -122,12 +124,7 @@ def serving(checkpoint: Path, *options: str) -> Iterator[str]:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env={
-            **os.environ,
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "HF_HUB_OFFLINE": "1",
-        },
+        env={**os.environ, **SETTINGS},
     )
     assert process.stdout is not None
     log: list[str] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import re
 import subprocess
 import sys
@@ -15,9 +16,10 @@ import openai
 import pytest
 from PIL import Image
 
+from monkey_model.commands.demo_checkpoint import demo_config, write_demo_checkpoint
 from monkey_model.serving.answer import Answerer, Question
 from monkey_model.serving.vllm import PLAIN_TEMPLATE
-from tests.serving.conftest import LENGTH, REPLY
+from tests.serving.conftest import LENGTH, REPLY, SETTINGS, free_port, serving
 
 SAMPLE = Path(__file__).parents[2] / "monkey_model" / "samples" / "harbour.jpg"
 
@@ -262,3 +264,59 @@ def test_a_port_in_use(server, checkpoint):
         done.stderr
         == f"Error: --host 127.0.0.1 --port {port} must be free: Address already in use\n"
     )
+
+
+# ---- two processes ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_ranks_share_the_pictures(checkpoint, answerer, monkeypatch):
+    """An odd number of them, so that one rank encodes a filler."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    question = "What is this?", (HARBOUR, png("red"), rotated_jpeg())
+    with serving(
+        *(checkpoint, "--served-model-name", "monkey", "--enforce-eager"),
+        *("--tensor-parallel-size", "2", "--max-num-seqs", "4"),
+    ) as address:
+        client = openai.OpenAI(base_url=address, api_key="none", max_retries=0)
+        response = client.chat.completions.create(
+            model="monkey",
+            messages=[message(*question)],
+            temperature=0,
+            max_tokens=REPLY,
+            extra_body={"return_token_ids": True},
+        )
+    assert theirs(response) == ours(answerer, *question)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sizes", "options", "environment", "reason"),
+    [
+        (
+            {},
+            ("--max-model-len", "5000"),
+            {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"},
+            "max_model_len must be at most 2048, where dynamic NTK and log-n attention begin",
+        ),
+        (
+            {"num_attention_heads": 32, "kv_channels": 4},
+            (),
+            {},
+            "kv_channels must be a head size of vLLM's CPU_ATTN, 32, .*; got 4",
+        ),
+    ],
+    ids=["length", "heads"],
+)
+def test_vllm_does_not_start(tmp_path, sizes, options, environment, reason):
+    """What it would answer otherwise, and not exactly."""
+    write_demo_checkpoint(tmp_path / "DIR", demo_config(**sizes))
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", tmp_path / "DIR"]
+    done = subprocess.run(
+        [*command, "--port", str(free_port()), "--enforce-eager", *options],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **SETTINGS, **environment},
+    )
+    assert done.returncode != 0
+    assert re.search(f"ValueError: {reason}", done.stdout + done.stderr)
