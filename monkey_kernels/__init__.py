@@ -3,6 +3,7 @@
 Importing it needs neither Triton nor a GPU.
 """
 
+from monkey_kernels.add_layer_norm.op import add_layer_norm
 from monkey_kernels.backend import BackendStatus, backend_report, use_backend
 from monkey_kernels.crops.op import extract_crops
 from monkey_kernels.crops.reference import CLIP_MEAN, CLIP_STD, FITS, INTERPOLATIONS, place
@@ -14,6 +15,7 @@ __all__ = [
     "FITS",
     "INTERPOLATIONS",
     "BackendStatus",
+    "add_layer_norm",
     "backend_report",
     "extract_crops",
     "place",

@@ -24,6 +24,7 @@ _MIN_CUDA_CAPABILITY = (8, 0)
 
 # The ops, each with its package.
 OPS: dict[str, str] = {
+    "add_layer_norm": "monkey_kernels.add_layer_norm",
     "extract_crops": "monkey_kernels.crops",
     "resampler_attention": "monkey_kernels.resampler_attention",
 }

@@ -30,7 +30,6 @@ import contextlib
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -50,27 +49,10 @@ from monkey_kernels.crops.parameters import (
 )
 from monkey_kernels.crops.plan import IMAGE_FIELDS, Group, Layout, layout, make_plan
 from monkey_kernels.crops.reference import FILTER_RADIUS
+from monkey_kernels.launching import launch
 
 # Calls whose tables and filters are kept: a photo's filters take 0.1 MB.
 MOST_PREPARED = 16
-
-
-_compiled: dict[tuple[Any, ...], Any] = {}
-
-
-def _launch(key: tuple[Any, ...], kernel: Any, grid: tuple[int, int, int], *args: Any,
-            **options: Any) -> None:  # fmt: skip
-    """Launch ``kernel``; from the second time with ``key`` on as compiled, past Triton's dispatch.
-
-    The dispatch costs more than the launch: it binds arguments by name and compares every constant
-    of the module. ``key`` fixes what Triton compiles for: device, dtypes, constants, options, and
-    of the other arguments which are 1, multiples of 16, or pointers to 16 bytes.
-    """
-    compiled = _compiled.get(key)
-    if compiled is not None:
-        compiled[grid](*args)
-    elif (compiled := kernel[grid](*args, **options)) is not None:  # None in the interpreter
-        _compiled[key] = compiled
 
 
 @dataclass(frozen=True)
@@ -115,7 +97,7 @@ def prepare(
         dtype=torch.float32 if is_float else torch.float16,
         device=device,
     )
-    _launch(
+    launch(
         ("taps", device, is_float, interpolation),
         taps_kernel, (triton.cdiv(plan.longest_axis, TAPS_BLOCK[0]), plan.axes, 1),
         axes, firsts, weights, FILTER_RADIUS[interpolation], is_float, *TAPS_BLOCK,
@@ -170,14 +152,14 @@ def extract_crops_triton(
         for group in call.groups:
             part = slice(group.first, group.first + group.images)
             table = call.images[part]
-            _launch(
+            launch(
                 ("first_pass", device, images[0].dtype, first),
                 first_pass_kernel, (group.images * group.first_tiles, 1, 1),
                 images[0], table, *filters, group.first_tiles, *first.blocks().values(),
                 **first.options(),
             )  # fmt: skip
             target = canvas[part]
-            _launch(
+            launch(
                 ("second_pass", device, is_float, height, width, target.data_ptr() % 16, second),
                 second_pass_kernel, (group.images * group.second_tiles, 1, 1),
                 table, *filters, target, height, width, group.second_tiles,
@@ -185,7 +167,7 @@ def extract_crops_triton(
             )  # fmt: skip
         full = 1 if is_float else 255
         blocks = triton.cdiv(3 * crop_size**2, cut.block)
-        _launch(
+        launch(
             ("cut", device, is_float, dtype, grid, crop_size, interpolation, cut),
             cut_kernel, (crops * blocks, 1, 1),
             canvas, call.images, out, blocks,

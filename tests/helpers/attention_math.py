@@ -129,17 +129,18 @@ def check_attention(ours: list[Tensor], inputs: list[Tensor], heads: int) -> Non
 
 
 class Altered:
-    """A kernel whose launches get other keyword arguments: a planted fault, or another client."""
+    """A kernel whose launches get other arguments: a planted fault, or another client."""
 
     def __init__(self, kernel: Any, **changes: Any) -> None:
         self.kernel, self.changes = kernel, changes
 
     def __getitem__(self, grid: Any) -> Any:
         def launch(*args: Any, **kwargs: Any) -> Any:
+            kwargs.update(zip(self.kernel.arg_names, args, strict=False))
             changes = {
                 name: change(kwargs[name]) if callable(change) else change
                 for name, change in self.changes.items()
             }
-            return self.kernel[grid](*args, **{**kwargs, **changes})
+            return self.kernel[grid](**{**kwargs, **changes})
 
         return launch

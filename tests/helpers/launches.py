@@ -101,7 +101,13 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         patch.setattr(parameter_cache.ParameterCache, "can_watch", staticmethod(lambda _: True))
         patch.setattr(parameter_cache, "_state", id)
         patch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **_: _attention(q, k, v))
+        # Its binding asks CUDA for the device.
+        patch.setattr(Tensor, "contiguous", _contiguous)
         yield
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    return x if x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
 
 
 def on_fake_gpu(module: nn.Module) -> nn.Module:

@@ -1,0 +1,1 @@
+"""Residual addition and LayerNorm in one pass."""
