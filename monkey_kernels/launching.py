@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 _compiled: dict[tuple[Any, ...], Any] = {}
+_keepers: list[list[Any]] = []
+
+
+@contextlib.contextmanager
+def keep_alive() -> Iterator[list[Any]]:
+    """A list of the tables on the device that ops read inside a ``with`` block.
+
+    Ops keep the tables of the last few calls alone. A CUDA graph that was recorded inside reads
+    them at each replay: whoever keeps the graph keeps the list.
+    """
+    kept: list[Any] = []
+    _keepers.append(kept)
+    try:
+        yield kept
+    finally:
+        _keepers[:] = [keeper for keeper in _keepers if keeper is not kept]
+
+
+def will_read(tables: Any) -> None:
+    """Called by an op that is about to launch kernels on ``tables``."""
+    for keeper in _keepers:
+        keeper.append(tables)
 
 
 def launch(

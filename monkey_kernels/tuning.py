@@ -1,9 +1,9 @@
 """Launch parameters: one safe default per kernel, in code, and one JSON file per device.
 
-``configs/<device>.json`` is ``{kernel: {parameter: int}}``. The device is ``torch``'s name for it
-in lower case with dashes, as in ``nvidia-h100-80gb-hbm3.json``. A file names only what differs
-from the default. It is read when the kernel first runs on that device.
-``python -m benchmarks.tune`` writes one.
+``configs/<device>.json`` is ``{kernel: {parameter: int}}``, with a name in place of the int where a
+parameter is a choice. The device is ``torch``'s name for it in lower case with dashes, as in
+``nvidia-h100-80gb-hbm3.json``. A file names only what differs from the default. It is read when the
+kernel first runs on that device. ``python -m benchmarks.tune`` writes one.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+
+from monkey_kernels.checks import check_choice
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -50,7 +52,7 @@ def trying(kernel: str, parameters: Any) -> Iterator[None]:
 
 
 def launch_parameters(kernel: str, default: Parameters, device: torch.device) -> Parameters:
-    """``default`` (a frozen dataclass of ints), with what the device's file says of ``kernel``.
+    """``default`` (a frozen dataclass), with what the device's file says of ``kernel``.
 
     Raises:
         ValueError: the file is not JSON, or gives ``kernel`` an unknown parameter or a value that
@@ -86,12 +88,15 @@ def from_file(path: Path, kernel: str, default: Parameters) -> Parameters:
     values = _read(path).get(kernel)
     if not values:
         return default
-    known = [field.name for field in dataclasses.fields(default)]
+    known = {field.name: field.metadata.get("choices") for field in dataclasses.fields(default)}
     for name, value in values.items():
         if name not in known:
             raise ValueError(
                 f"{path}: {kernel} has no parameter {name!r}; it takes {', '.join(known)}"
             )
+        if (choices := known[name]) is not None:
+            check_choice(f"{path}: {kernel}.{name}", value, choices)
+            continue
         if type(value) is not int or value < 1:
             raise ValueError(f"{path}: {kernel}.{name} must be a positive int; got {value!r}")
         # Tile sides and warps: Triton takes no others.

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from monkey_kernels import extract_crops
 from monkey_kernels.checks import check_divides, check_int, check_positive_int, check_tensor
 from monkey_model.crop_settings import LARGEST_SIZE, CropSettings
 from monkey_model.encoder.crop_adapters import (
@@ -28,6 +29,7 @@ from monkey_model.encoder.crop_adapters import (
 from monkey_model.encoder.cuda_graph import GraphedEncoder
 from monkey_model.encoder.parameter_cache import ParameterCache
 from monkey_model.encoder.positions import get_2d_sincos_pos_embed, get_abs_pos, resized_positions
+from monkey_model.encoder.quantization import quantize_blocks
 from monkey_model.encoder.resampler import Resampler
 from monkey_model.encoder.vit import (
     TransformerBlock,
@@ -56,6 +58,19 @@ __all__ = [
 def _swap(x: Tensor, rows: int) -> Tensor:
     """[rows * columns, ...] with rows and columns exchanged: [columns * rows, ...]."""
     return x.unflatten(0, (rows, -1)).transpose(0, 1).flatten(0, 1)
+
+
+def _checked_sizes(images: Any) -> list[tuple[int, int]]:
+    """Sizes of photos, as :meth:`VisionTransformer.cuda_graph` takes them."""
+    expected = "images must be a number, or a pair (height, width) for each"
+    if not isinstance(images, Sequence) or isinstance(images, str) or not images:
+        raise TypeError(f"{expected}; got {images!r}")
+    for number, size in enumerate(images):
+        if not isinstance(size, (tuple, list)) or len(size) != 2:
+            raise TypeError(f"{expected}; got {size!r}")
+        check_positive_int(f"height of images[{number}]", size[0])
+        check_positive_int(f"width of images[{number}]", size[1])
+    return [(height, width) for height, width in images]
 
 
 class VisionTransformer(nn.Module):
@@ -194,29 +209,75 @@ class VisionTransformer(nn.Module):
         """See :meth:`TransformerBlock.compile`; the rest of the encoder stays eager."""
         self.transformer.compile(**kwargs)
 
+    def quantize(self, kind: str) -> VisionTransformer:
+        """Hold and multiply the ViT's projections in 8 bits, for inference; in place.
+
+        The four large weights of each block, 97 % of the ViT's, take a byte per value and a scale
+        per row; inputs are quantised row by row in each call. Adapters, LayerNorms, patch
+        embedding and resampler stay as they are. docs/encoding.md has the error.
+
+        Load, cast and move the encoder first. ``state_dict`` keeps upstream's keys, with torchao's
+        tensors for these weights: ``torch.save`` takes them, safetensors does not, and they load
+        into an encoder that was quantised alike. So save a checkpoint before.
+
+        Args:
+            kind: ``"fp8"`` (e4m3; the ViT in bfloat16 on an NVIDIA GPU of compute capability 8.9
+                or later, or an AMD MI300) or ``"int8"`` (any dtype; the CPU too). On a GPU,
+                :meth:`compile` afterwards: it fuses the quantising of the inputs, which eager
+                torch does in several kernels.
+
+        Returns:
+            The encoder itself.
+
+        Raises:
+            ImportError: torchao is not installed (the extra ``quantize``).
+            TypeError: a weight of another dtype.
+            ValueError: another kind; the encoder is in training mode; a projection is wrapped by an
+                adapter, quantised already, or offloaded; or the device cannot compute in ``kind``.
+        """
+        quantize_blocks(self.transformer.resblocks, kind)
+        return self
+
     def cuda_graph(
-        self, images: int, adapter_index: Sequence[int | None] | None = None
+        self,
+        images: int | Sequence[tuple[int, int]],
+        adapter_index: Sequence[int | None] | None = None,
     ) -> GraphedEncoder:
-        """:meth:`encode_crops` for a fixed number of images as one CUDA graph, for inference.
+        """:meth:`encode_crops`, or photos to tokens, for fixed sizes as one CUDA graph; inference.
 
         Make it again after moving, casting or training the encoder, and :meth:`compile` first to
         replay compiled blocks.
 
         Args:
-            images: in every call.
+            images: their number in every call, which then takes crops as :meth:`encode_crops`; or
+                the (height, width) of each, and then a call takes a list of uint8 photos
+                [height, width, 3], and gives [images, crops_per_image * n_queries, output_dim].
             adapter_index: as in :meth:`encode_images`.
 
         Raises:
-            ValueError: the encoder is not on a CUDA or ROCm device, or in training mode; images is
-                not positive; or the errors of :meth:`encode_images`.
+            TypeError: images is neither an int nor pairs of ints.
+            ValueError: the encoder is not on a CUDA or ROCm device, or in training mode; images or
+                a size is not positive; or the errors of :meth:`encode_images`.
         """
-        check_positive_int("images", images)
-        with torch.no_grad():
-            encoding = self._encoding(self.adapter_index(adapter_index) * images)
-        side, dtype = self.crop_settings.crop_size, self.transformer.get_cast_dtype()
-        shape = (images * self.crop_settings.crops_per_image, 3, side, side)
-        crops = torch.zeros(shape, dtype=dtype, device=self._device())
-        return GraphedEncoder(self, encoding, crops)
+        sizes = None if isinstance(images, int) else _checked_sizes(images)
+        if isinstance(images, int):
+            check_positive_int("images", images)
+        number = images if isinstance(images, int) else len(images)
+        device, dtype = self._device(), self.transformer.get_cast_dtype()
+        settings, side = self.crop_settings, self.crop_settings.crop_size
+        with torch.inference_mode(False), torch.no_grad():
+            encoding = self._encoding(self.adapter_index(adapter_index) * number)
+            if sizes is None:
+                shape = (number * settings.crops_per_image, 3, side, side)
+                crops = torch.zeros(shape, dtype=dtype, device=device)
+                return GraphedEncoder(self, encoding, "crops", [crops])
+
+            def encode(*photos: Tensor) -> Tensor:
+                tokens = encoding(extract_crops(list(photos), dtype=dtype, **settings.cutting))
+                return tokens.view(-1, settings.image_span, tokens.shape[2])
+
+            photos = [torch.zeros((*s, 3), dtype=torch.uint8, device=device) for s in sizes]
+            return GraphedEncoder(self, encode, "images", photos)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._positions.drop()  # weights made under inference_mode count no versions

@@ -49,7 +49,7 @@ from monkey_kernels.crops.parameters import (
 )
 from monkey_kernels.crops.plan import IMAGE_FIELDS, Group, Layout, layout, make_plan
 from monkey_kernels.crops.reference import FILTER_RADIUS
-from monkey_kernels.launching import launch
+from monkey_kernels.launching import launch, will_read
 
 # Calls whose tables and filters are kept: a photo's filters take 0.1 MB.
 MOST_PREPARED = 16
@@ -146,6 +146,7 @@ def extract_crops_triton(
             (first.block_m, first.block_n), (second.block_m, second.block_n), SCRATCH_BYTES,
             device, stream,
         )  # fmt: skip
+        will_read(call)
         most_scratch = max(group.scratch for group in call.groups)
         scratch = torch.empty(most_scratch, dtype=value_dtype, device=device)
         filters = call.axes, call.firsts, call.weights, scratch

@@ -32,6 +32,7 @@ import torch
 import triton
 from torch import Tensor
 
+from monkey_kernels.launching import launch, specialisation
 from monkey_kernels.resampler_attention.backward_kernel import (
     grad_key_value_kernel,
     grad_query_kernel,
@@ -45,15 +46,27 @@ from monkey_kernels.resampler_attention.parameters import (
 )
 
 
-def _launch_arguments(query: Tensor, num_heads: int, tile: Tile) -> dict[str, Any]:
-    """What all three launches take alike, by keyword."""
-    return {
-        "num_queries": query.shape[0],
-        "num_heads": num_heads,
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-        **tile.constants(query.shape[1] // num_heads, family(query.device)),
-    }
+def _launch(
+    name: str,
+    kernel: Any,
+    programs: int,
+    tensors: tuple[Tensor, ...],
+    sizes: tuple[int, ...],
+    scales: tuple[float, ...],
+    tile: Tile,
+    head_dim: int,
+    masked: bool,
+) -> None:
+    """Launch a kernel, whose arguments come in this order: tensors, strides and sizes, scales."""
+    query = tensors[0]  # or its gradient: of the same device and dtype
+    constants = tile.constants(head_dim, family(query.device))
+    precision = constants.pop("PRECISION")
+    launch(
+        (name, query.device, query.dtype, tile, head_dim, masked, specialisation(*tensors, *sizes)),
+        kernel, (programs, 1, 1), *tensors, *sizes, *scales,
+        *constants.values(), masked, precision,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
 
 
 def _qk_scale(head_dim: int) -> float:
@@ -81,16 +94,16 @@ def attention_forward(
     if out.numel() == 0:
         return out, lse
     tile = tile_for("forward", query)
-    grid = (triton.cdiv(num_queries, tile.block_m) * num_heads * num_crops,)
+    head_dim = width // num_heads
     with torch.cuda.device_of(query):
-        forward_kernel[grid](
-            *(query, key, value, out, lse),
-            *_strides(query, key, value),
-            num_tokens=num_tokens,
-            qk_scale=_qk_scale(width // num_heads),
-            MASK_N=num_tokens % tile.block_n != 0,
-            **_launch_arguments(query, num_heads, tile),
-        )
+        _launch(
+            "resampler_attention_forward", forward_kernel,
+            triton.cdiv(num_queries, tile.block_m) * num_heads * num_crops,
+            (query, key, value, out, lse),
+            (*_strides(query, key, value), num_queries, num_tokens, num_heads),
+            (_qk_scale(head_dim),),
+            tile, head_dim, num_tokens % tile.block_n != 0,
+        )  # fmt: skip
     return out, lse
 
 
@@ -114,31 +127,27 @@ def attention_backward(
     partial_grad_query = query.new_empty((num_groups, num_queries, width), dtype=torch.float32)
     grad_key, grad_value = key.new_empty(key.shape), value.new_empty(value.shape)
     delta = torch.empty_like(lse)
-    strides, scale = _strides(query, key, value), 1 / math.sqrt(width // num_heads)
+    strides, head_dim = _strides(query, key, value), width // num_heads
+    sizes, scales = (
+        (num_queries, num_tokens, num_heads),
+        (1 / math.sqrt(head_dim), _qk_scale(head_dim)),
+    )
     with torch.cuda.device_of(query):
         tile = tile_for("grad_query", query)
-        grid = (triton.cdiv(num_queries, tile.block_m) * num_heads * num_groups,)
-        grad_query_kernel[grid](
-            *(grad, query, key, value, out, lse, delta, partial_grad_query),
-            *strides,
-            num_crops=num_crops,
-            num_groups=num_groups,
-            num_tokens=num_tokens,
-            scale=scale,
-            qk_scale=_qk_scale(width // num_heads),
-            MASK_N=num_tokens % tile.block_n != 0,
-            **_launch_arguments(query, num_heads, tile),
-        )
+        _launch(
+            "resampler_attention_grad_query", grad_query_kernel,
+            triton.cdiv(num_queries, tile.block_m) * num_heads * num_groups,
+            (grad, query, key, value, out, lse, delta, partial_grad_query),
+            (*strides, num_crops, num_groups, *sizes), scales,
+            tile, head_dim, num_tokens % tile.block_n != 0,
+        )  # fmt: skip
         # Second, since it reads the delta that the first kernel wrote.
         tile = tile_for("grad_key_value", query)
-        grid = (triton.cdiv(num_tokens, tile.block_n) * num_heads * num_crops,)
-        grad_key_value_kernel[grid](
-            *(grad, query, key, value, lse, delta, grad_key, grad_value),
-            *strides,
-            num_tokens=num_tokens,
-            scale=scale,
-            qk_scale=_qk_scale(width // num_heads),
-            MASK_M=num_queries % tile.block_m != 0,
-            **_launch_arguments(query, num_heads, tile),
-        )
+        _launch(
+            "resampler_attention_grad_key_value", grad_key_value_kernel,
+            triton.cdiv(num_tokens, tile.block_n) * num_heads * num_crops,
+            (grad, query, key, value, lse, delta, grad_key, grad_value),
+            (*strides, *sizes), scales,
+            tile, head_dim, num_queries % tile.block_m != 0,
+        )  # fmt: skip
     return partial_grad_query.sum(0).to(query.dtype), grad_key, grad_value

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
 
-from monkey_kernels import add_layer_norm
+from monkey_kernels import add_layer_norm, self_attention
 from monkey_kernels.checks import check_divides
 from monkey_model.encoder.crop_adapters import (
     AdapterBank,
@@ -181,7 +181,10 @@ class VisualAttention(_Recomputing):
         q, k, v = heads.chunk(3, dim=-1)
         if attn_mask is not None and attn_mask.dim() == 3:
             attn_mask = attn_mask.unflatten(0, (-1, self.num_heads if len(attn_mask) > 1 else 1))
-        context = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+        if attn_mask is None:
+            context = self_attention(q, k, v)
+        else:
+            context = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
         context = context.transpose(1, 2).flatten(2)
         out = self._adapted(self.out_proj, context, self.out_proj_lora, idx)
         return out.transpose(0, 1)
@@ -252,8 +255,8 @@ class VisualAttentionBlock(_Recomputing):
         # A LayerNorm copies rows that do not follow each other.
         normed = self.ln_1(x).transpose(0, 1)
         branch = self.attention(normed, attn_mask=attn_mask, idx=idx).transpose(0, 1)
-        if self.recompute and _needs_gradient(branch, self):
-            # The sum alone is kept, and its LayerNorm computed again.
+        if _needs_gradient(branch, self):
+            # The sum alone is kept, and its LayerNorm computed again, unless everything is kept.
             out = self._adapted(self._mlp, x + branch, self.mlp_lora, idx)
         else:
             x, normed = _add_and_norm(x, branch, self.ln_2)
@@ -281,6 +284,7 @@ class VisualAttentionBlock(_Recomputing):
         rows = x.flatten(0, -2)
         hidden = torch._addmm_activation(c_fc.bias, rows, c_fc.weight.T, use_gelu=True)
         return c_proj(hidden.view(*x.shape[:-1], -1))
+
 
 class TransformerBlock(nn.Module):
     """The stack of blocks (upstream's name)."""

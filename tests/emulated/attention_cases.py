@@ -18,17 +18,18 @@ from tests.helpers.attention_math import check_attention, make_inputs, with_grad
 
 
 def attend(shape: tuple[int, ...], dtype: torch.dtype) -> str:
-    """Output and gradients against float64, by the error rule."""
+    """Output and gradients against float64; a second time as the launches were bound once."""
     heads = shape[1]
     query, key, value, grad = make_inputs(*shape, dtype)
     halves = guarded.copy(torch.cat([key, value], -1)).chunk(2, dim=-1)
     inputs = [guarded.copy(query), *halves, guarded.copy(grad)]
-    with use_backend("triton"), guarded.outputs():
-        ours = with_gradients(partial(resampler_attention, num_heads=heads), inputs, dtype)
-    guarded.check_slack()
     report = io.StringIO()
-    with contextlib.redirect_stdout(report):
-        check_attention(ours, inputs, heads)
+    for _ in range(2):
+        with use_backend("triton"), guarded.outputs():
+            ours = with_gradients(partial(resampler_attention, num_heads=heads), inputs, dtype)
+        guarded.check_slack()
+        with contextlib.redirect_stdout(report):
+            check_attention(ours, inputs, heads)
     guarded.release()
     return f"{len(report.getvalue().splitlines())} errors within the rule"
 

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from monkey_model.encoder import parameter_cache
+from monkey_model.encoder import parameter_cache, vit
 
 GPU = torch.device("cuda", 0)
 #: Operations that hand values to Python, or take their shape from them.
@@ -100,7 +100,9 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch, FakeTensorMode():
         patch.setattr(parameter_cache.ParameterCache, "can_watch", staticmethod(lambda _: True))
         patch.setattr(parameter_cache, "_state", id)
-        patch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **_: _attention(q, k, v))
+        patch.setattr(F, "scaled_dot_product_attention", _attention)
+        # There is no table for a device that does not exist.
+        patch.setattr(vit, "self_attention", _attention)
         # Its binding asks CUDA for the device.
         patch.setattr(Tensor, "contiguous", _contiguous)
         yield

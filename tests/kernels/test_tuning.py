@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from monkey_kernels import tuning
+from monkey_kernels import self_attention, tuning
+from monkey_kernels.self_attention import SelfAttention, candidates
 
 
 @dataclass(frozen=True)
@@ -66,3 +67,54 @@ def test_a_bad_file_is_named(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         tuning.from_file(path, "cut", Parameters())
+
+
+# ---- which attention kernel ---------------------------------------------------------------------
+
+
+def views(dtype=torch.bfloat16, width=16):
+    """Query, key and value as parts of a packed projection, as in the ViT."""
+    packed = torch.randn(2, 5, 3 * 2 * width, dtype=dtype)
+    return packed.unflatten(-1, (2, 3 * width)).transpose(1, 2).chunk(3, dim=-1)
+
+
+def test_the_attention_kernel_is_the_tables(monkeypatch):
+    flags = {
+        "flash": torch.backends.cuda.flash_sdp_enabled,
+        "cudnn": torch.backends.cuda.cudnn_sdp_enabled,
+        "efficient": torch.backends.cuda.mem_efficient_sdp_enabled,
+        "math": torch.backends.cuda.math_sdp_enabled,
+    }
+
+    def allowed(*tensors):
+        """The backends that torch may choose from, while it attends to these very tensors."""
+        calls = []
+
+        def attend(*given):
+            assert all(a is b for a, b in zip(given, tensors, strict=True))
+            calls.append({name for name, enabled in flags.items() if enabled()})
+
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+        self_attention(*tensors)
+        (names,) = calls
+        return names
+
+    everything = set(flags)
+    assert allowed(*views()) == everything
+    for choice in candidates():
+        with tuning.trying("self_attention", choice):
+            only = everything if choice.backend == "torch" else {choice.backend}
+            assert allowed(*views()) == only
+            assert allowed(*views(torch.float32)) == everything
+            assert allowed(*views(width=12)) == everything
+    assert allowed(*views()) == everything
+
+
+def test_a_wrong_attention_kernel_in_a_file(tmp_path):
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps({"self_attention": {"backend": "fast"}}))
+    with pytest.raises(ValueError, match=r"self_attention.backend must be one of torch, flash"):
+        tuning.from_file(path, "self_attention", SelfAttention())
+    path = tmp_path / "good.json"
+    path.write_text(json.dumps({"self_attention": {"backend": "cudnn"}}))
+    assert tuning.from_file(path, "self_attention", SelfAttention()) == SelfAttention("cudnn")

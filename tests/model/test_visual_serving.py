@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from monkey_kernels import extract_crops, keep_alive, use_backend
+from monkey_model.encoder.cuda_graph import check_recorded
 from monkey_model.encoder.parameter_cache import held_values
 from tests.helpers.golden import assert_tokens_match, load_golden
 from tests.helpers.launches import WAITING
@@ -101,11 +103,88 @@ def test_cuda_graph_replays_the_encoder():
         encoder.train().cuda_graph(2)
 
 
+@pytest.mark.gpu
+def test_cuda_graph_replays_photos():
+    """From pixels; the tables of the sizes outlive the calls that would push them out."""
+    encoder = tiny_encoder().to("cuda", torch.float16)
+    sizes = [(40, 50), (300, 200)]
+    with torch.inference_mode():
+        graphed = encoder.cuda_graph(sizes)
+    prepared().cache_clear()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        photos = [torch.randint(0, 256, (*size, 3), dtype=torch.uint8) for size in sizes]
+        with torch.no_grad():
+            expected = encoder.encode_images([photo.cuda() for photo in photos])
+        torch.testing.assert_close(graphed(photos), expected)
+    with pytest.raises(ValueError, match=r"images\[1\] must be \[300, 200, 3\], as recorded; got"):
+        graphed([photos[0], photos[0]])
+
+
+def prepared():
+    from monkey_kernels.crops import launch
+
+    return launch.prepare
+
+
+def test_a_graph_keeps_the_tables_of_the_crops(monkeypatch):
+    """All tables that are read inside, though the op forgets them."""
+    pytest.importorskip("triton")
+    images = [torch.randint(0, 256, (6, 5, 3), dtype=torch.uint8) for _ in range(2)]
+    with use_backend("triton"):
+        with keep_alive() as tables:
+            expected = extract_crops(images, crop_size=4)
+            assert extract_crops(images[:1], crop_size=4).shape[0] == 5
+        kept = list(tables)
+        assert [len(table.images) for table in kept] == [2, 1]
+        extract_crops(images, crop_size=4)  # outside: nobody keeps it
+        assert tables == kept
+    prepared().cache_clear()
+    torch.testing.assert_close(extract_crops(images, crop_size=4), expected)
+
+
 def test_cuda_graph_needs_a_gpu():
-    with pytest.raises(ValueError, match="encoder must be on a CUDA or ROCm device; got cpu"):
-        tiny_encoder().cuda_graph(1)
-    with pytest.raises(ValueError, match="images must be positive; got 0"):
-        tiny_encoder().cuda_graph(0)
+    for images in (1, [(40, 50), (30, 20)]):
+        with pytest.raises(ValueError, match="encoder must be on a CUDA or ROCm device; got cpu"):
+            tiny_encoder().cuda_graph(images)
+
+
+@pytest.mark.parametrize(
+    "images, error, message",
+    [
+        (0, ValueError, "images must be positive; got 0"),
+        ("two", TypeError, "images must be a number, or a pair .* for each; got 'two'"),
+        ([], TypeError, r"images must be a number, or a pair .* for each; got \[\]"),
+        ([40, 50], TypeError, "images must be a number, or a pair .* for each; got 40"),
+        ([(40, 50), (0, 3)], ValueError, r"height of images\[1\] must be positive; got 0"),
+        ([(40, 5.0)], TypeError, r"width of images\[0\] must be an int; got float"),
+    ],
+)
+def test_bad_images_of_a_cuda_graph(images, error, message):
+    with pytest.raises(error, match=message):
+        tiny_encoder().cuda_graph(images)
+
+
+PHOTO = torch.zeros(4, 5, 3, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    "tensors, error, message",
+    [
+        ([PHOTO], ValueError, "images must be 2, as recorded; got 1"),
+        ([PHOTO, PHOTO[:3]], ValueError, r"images\[1\] must be \[4, 5, 3\], as recorded; got \[3,"),
+        (
+            [PHOTO.float(), PHOTO],
+            TypeError,
+            r"images\[0\] must be of torch.uint8, as recorded; got",
+        ),
+        ([PHOTO, "photo.jpg"], TypeError, r"images\[1\] must be a tensor; got str"),
+    ],
+)
+def test_what_a_graph_did_not_record(tensors, error, message):
+    check_recorded("images", [PHOTO, PHOTO], [PHOTO, PHOTO])
+    with pytest.raises(error, match=message):
+        check_recorded("images", tensors, [PHOTO, PHOTO])
 
 
 def test_values_that_a_graph_keeps_alive():
