@@ -24,7 +24,8 @@ from monkey_model.commands.console import (
     say,
     usable_device,
 )
-from monkey_model.files import atomic
+from monkey_model.commands.loading import check_output_folder
+from monkey_model.files import atomic, check_directory
 from monkey_model.inputs.fetch import shown
 
 if TYPE_CHECKING:
@@ -202,8 +203,7 @@ def compare(
             "a": _parse_settings("--a", a_settings or ()),
             "b": _parse_settings("--b", b_settings or ()),
         }
-        if out.exists() and not out.is_dir():
-            raise ValueError(f"--out must be a folder; got the file {out}")
+        check_output_folder(out)
         distances = None
         if (a / SCORES).is_file() and (b / SCORES).is_file():
             if pictures or data or a_settings or b_settings:
@@ -212,6 +212,8 @@ def compare(
             about_b, answered_b = read_evaluation(b)
             answers: dict[str, Any] | None = compare_answers(answered_a, answered_b)
         else:
+            check_directory("A", a)
+            check_directory("B", b)
             target = usable_device(device)
             common = {
                 "dtype": str(default_dtype(dtype, target)).removeprefix("torch."),

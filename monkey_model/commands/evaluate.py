@@ -25,8 +25,10 @@ from monkey_model.commands.loading import (
     DeviceMapOption,
     QuantizationOption,
     check_one_place,
+    check_output_folder,
     load_answerer,
 )
+from monkey_model.files import check_directory
 from monkey_model.inputs.fetch import shown
 
 if TYPE_CHECKING:
@@ -216,6 +218,7 @@ def evaluate(
     from monkey_model.evaluation.worst_page import build_worst_page
 
     try:
+        check_output_folder(out)
         part = None if shard is None else parse_shard(shard)
         if part is not None and checkpoint is None:
             raise ValueError("--shard is for --checkpoint: predictions are scored at once")
@@ -252,6 +255,7 @@ def evaluate(
             claim_folder(out, settings)
         else:
             assert checkpoint is not None
+            check_directory("checkpoint", checkpoint)
             asking = {
                 "chat": chat,
                 "max_new_tokens": max_new_tokens or chosen.max_new_tokens,

@@ -41,6 +41,12 @@ def check_one_place(device: str | None, device_map: DeviceMap | None) -> None:
         raise typer.BadParameter("give --device, for one, or --device-map, for all GPUs")
 
 
+def check_output_folder(out: Path) -> None:
+    """Raise a ValueError if --out, a folder, is something else."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out must be a folder; got the file {out}")
+
+
 def load_answerer(
     checkpoint: Path,
     device: str | None,

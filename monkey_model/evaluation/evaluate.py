@@ -133,14 +133,18 @@ def file_hash(path: str | Path) -> str:
 
 
 def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Write ``settings`` into the folder of a new evaluation, or hold them against an old one's.
+    """Write ``settings`` into a folder, or hold them against those of the answers in it.
 
     Raises:
         OSError: it cannot be written.
-        ValueError: the folder belongs to an evaluation of something else.
+        ValueError: the folder has answers of something else.
     """
     path = folder / SETTINGS
-    if path.is_file():
+    if found := sorted(file.name for file in folder.glob("answers*.jsonl")):
+        if not path.is_file():
+            raise ValueError(
+                f"{folder} has answers ({found[0]}), but no {SETTINGS} that says of what"
+            )
         old = read_json(path)
         for key in sorted({*old, *settings}):
             if f"{key}_sha256" in old:
@@ -150,10 +154,8 @@ def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
                     f"{folder} has another evaluation's answers: {key} is {old.get(key)!r} there "
                     f"and {settings.get(key)!r} here. Write to another folder"
                 )
-        return
-    if found := sorted(file.name for file in folder.glob("answers*.jsonl")):
-        raise ValueError(f"{folder} has answers ({found[0]}), but no {SETTINGS} that says of what")
-    write_json(path, settings)
+    else:
+        write_json(path, settings)
 
 
 def answer_all(

@@ -233,6 +233,11 @@ def test_bad_arguments(arguments, message, checkpoint, folder):
     assert not (folder / "out" / "comparison.html").exists()
 
 
+def test_both_are_looked_for_first(checkpoint, folder):
+    done = run(checkpoint, "nowhere", "red.png", "--out", "out", code=2)
+    assert "Error: B must be a directory; got nowhere" in done.stderr and "Encod" not in done.stderr
+
+
 def test_the_page_is_written_whole_or_not_at_all(evaluations, monkeypatch):
     replace = os.replace
 

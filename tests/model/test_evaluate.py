@@ -208,6 +208,20 @@ def test_a_folder_keeps_the_answers_of_one_thing(ask, folder):
     assert "out has answers (answers.jsonl), but no settings.json" in ask(code=2).stderr
 
 
+def test_a_folder_without_answers_is_taken(checkpoint, folder):
+    """What went wrong before the first answer does not stand in the way."""
+    arguments = ("--data", "data.jsonl", "--metric", "anls", "--out", "out", "--device", "cpu")
+    done = run(*arguments, "--checkpoint", "nowhere", code=2)
+    assert "checkpoint must be a directory; got nowhere" in done.stderr
+    (folder / "empty").mkdir()
+    done = run(*arguments, "--checkpoint", "empty", code=2)
+    assert "checkpoint has no config.json" in done.stderr
+    assert (folder / "out" / "settings.json").exists()
+    run(*arguments, "--checkpoint", checkpoint, "--max-new-tokens", 3)
+    settings = json.loads((folder / "out" / "scores.json").read_text())["settings"]
+    assert settings["checkpoint"] == str(checkpoint)
+
+
 # ---- predictions ---------------------------------------------------------------------------------
 
 
@@ -380,13 +394,17 @@ def test_bad_records_are_named(change, message, ask, folder):
             ("--data", "data.jsonl", "--metric", "anls", "--image-pattern", "x"),
             "image_pattern is for VQA's *.json questions",
         ),
+        (
+            ("--data", "data.jsonl", "--metric", "anls", "--out", "empty.jsonl"),
+            "--out must be a folder; got the file empty.jsonl",
+        ),
         (("--data", "data.json", "--metric", "anls"), "data.json must hold a JSON object; got li"),
         (("--data", "empty.jsonl", "--metric", "anls"), "empty.jsonl must have a question; it has"),
     ],
 )
 def test_bad_arguments(arguments, message, checkpoint, folder):
     (folder / "empty.jsonl").touch()
-    done = run(*arguments, "--checkpoint", checkpoint, "--out", "out", "--device", "cpu", code=2)
+    done = run("--out", "out", *arguments, "--checkpoint", checkpoint, "--device", "cpu", code=2)
     assert message in done.stderr and not (folder / "out").exists()
 
 
