@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,6 +39,9 @@ DeviceOption = Annotated[
 ]
 DTypeOption = Annotated[
     DType | None, typer.Option(help="Default: float32 on the CPU, else bfloat16.")
+]
+ShardOption = Annotated[
+    str | None, typer.Option(help="I/N: do the I-th (from 0) of N shares, one per process.")
 ]
 PickleOption = Annotated[
     bool,
@@ -104,3 +108,40 @@ def default_dtype(dtype: DType | None, device: torch.device) -> torch.dtype:
     if dtype is None:
         dtype = DType.float32 if device.type == "cpu" else DType.bfloat16
     return getattr(torch, dtype.value)
+
+
+def parse_pair(option: str, text: str, between: str, example: str) -> tuple[int, int]:
+    """Two whole numbers, the second above 0."""
+    first, found, second = text.lower().partition(between)
+    numbers = first.isdecimal() and second.isdecimal() and text.isascii()
+    if not (found and numbers and int(second)):
+        raise typer.BadParameter(f"{option} must be {example}; got {text!r}")
+    return int(first), int(second)
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """``"0/4"`` as (0, 4): counted from 0, as Slurm and Kubernetes number their processes."""
+    example = "I/N with I below N, such as 0/4"
+    part, parts = parse_pair("--shard", text, "/", example)
+    if part >= parts:
+        raise typer.BadParameter(f"--shard must be {example}; got {text!r}")
+    return part, parts
+
+
+def check_free(host: str, port: int) -> None:
+    """Raise a ValueError if an address is in use, or none of this machine's.
+
+    Asked before a model is loaded: servers find out late.
+    """
+    try:
+        (family, kind, protocol, _, address), *_ = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        with socket.socket(family, kind, protocol) as server:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            server.bind(address)
+    except OSError as error:
+        raise ValueError(
+            f"--host and --port must be free on this machine; got {host} and {port}: "
+            f"{error.strerror}"
+        ) from None

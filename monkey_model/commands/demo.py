@@ -15,6 +15,7 @@ from monkey_model.commands.console import (
     DeviceOption,
     DTypeOption,
     PickleOption,
+    check_free,
     default_dtype,
     err_console,
     report,
@@ -59,7 +60,7 @@ def demo(
     from PIL import Image
 
     from monkey_model.serving.answer import Answerer
-    from monkey_model.serving.demo import check_free, serving
+    from monkey_model.serving.demo import serving
 
     # The limit itself is an error of load_image's; this process is ours to keep quiet.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)

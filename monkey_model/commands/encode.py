@@ -13,8 +13,11 @@ from monkey_model.commands.console import (
     DeviceOption,
     DTypeOption,
     PickleOption,
+    ShardOption,
     default_dtype,
     err_console,
+    parse_pair,
+    parse_shard,
     progress_bar,
     report,
     say,
@@ -47,16 +50,9 @@ class ShardFormat(str, Enum):
     parquet = "parquet"
 
 
-def _parse_pair(option: str, text: str, between: str, example: str) -> tuple[int, int]:
-    first, found, second = text.lower().partition(between)
-    if not (found and first.isdecimal() and second.isdecimal() and int(second)):
-        raise typer.BadParameter(f"{option} must be {example}; got {text!r}")
-    return int(first), int(second)
-
-
 def _parse_grid(text: str) -> tuple[int, int]:
     example = "ROWSxCOLUMNS, such as 2x2"
-    rows, columns = _parse_pair("--grid", text, "x", example)
+    rows, columns = parse_pair("--grid", text, "x", example)
     if not rows:
         raise typer.BadParameter(f"--grid must be {example}; got {text!r}")
     return rows, columns
@@ -105,9 +101,7 @@ def encode(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with what --out holds; skip what is whole.")
     ] = False,
-    shard: Annotated[
-        str | None, typer.Option(help="I/N: do the I-th (from 0) of N shares, one per process.")
-    ] = None,
+    shard: ShardOption = None,
     interpolation: Annotated[
         Interpolation | None,
         typer.Option(help="Resize filter. Default: the config's, bicubic."),
@@ -146,7 +140,7 @@ def encode(
 ) -> None:
     """Turn pictures into visual tokens: a .safetensors file for each, or shards of many."""
     grid_size = None if grid is None else _parse_grid(grid)
-    share = None if shard is None else _parse_pair("--shard", shard, "/", "I/N, such as 0/8")
+    share = None if shard is None else parse_shard(shard)
     if bool(images) == bool(manifest):
         raise typer.BadParameter("give IMAGE... or --manifest")
 

@@ -13,9 +13,11 @@ from monkey_model.commands.console import (
     DeviceOption,
     DTypeOption,
     PickleOption,
+    ShardOption,
     default_dtype,
     err_console,
     out_console,
+    parse_shard,
     progress_bar,
     report,
     say,
@@ -119,7 +121,7 @@ def _ask(
 
     check_pictures(records)
     questions = questions_for(records, settings["prompt"], settings["chat"])
-    mine = len(questions if shard is None else questions[shard[0] - 1 :: shard[1]])
+    mine = len(questions if shard is None else questions[shard[0] :: shard[1]])
     with progress_bar("Answering") as progress:
         task = progress.add_task("Answering", total=mine)
         answers = answer_all(
@@ -180,9 +182,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="Longest answer. Default: NAME's, or 100.")
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Ask in ChatML.")] = False,
-    shard: Annotated[
-        str | None, typer.Option(help="I/N: answer this part of the questions, and score nothing.")
-    ] = None,
+    shard: ShardOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions in one pass.")] = 1,
     worst: Annotated[int, typer.Option(min=1, help="Cases on the page.")] = 60,
     device: DeviceOption = None,
@@ -210,7 +210,6 @@ def evaluate(
     from monkey_model.evaluation.evaluate import (
         WORST,
         claim_folder,
-        parse_shard,
         score,
         write_results,
     )

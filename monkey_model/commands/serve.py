@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from monkey_model.commands.console import PickleOption, report
+from monkey_model.commands.console import PickleOption, check_free, report
 
 
 def serve(
@@ -39,7 +38,7 @@ def serve(
 
     try:
         pictures = check_servable(checkpoint, allow_pickle)
-        _check_port(host, port)
+        check_free(host, port)
     except (OSError, TypeError, ValueError) as error:
         report(str(error))
         raise typer.Exit(2) from None
@@ -52,14 +51,3 @@ def serve(
     # In place of this process, so that signals and the exit code are the server's.
     vllm = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
     os.execv(sys.executable, [*vllm, *command, *context.args])
-
-
-def _check_port(host: str, port: int) -> None:
-    """Raise a ValueError if the address cannot be listened on: vLLM finds out late."""
-    try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, socket.SOCK_STREAM) as test:
-            test.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            test.bind(address)
-    except OSError as error:
-        raise ValueError(f"--host {host} --port {port} must be free: {error.strerror}") from None

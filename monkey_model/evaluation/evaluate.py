@@ -12,7 +12,6 @@ import json
 import math
 import os
 import platform
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -174,7 +173,7 @@ def answer_all(
         answerer: makes one; called only if something is left to answer.
         questions: all of them.
         folder: of the evaluation.
-        shard: (i, n) to answer every n-th question alone, from the i-th, counted from 1. Each shard
+        shard: (i, n) to answer every n-th question alone, from the i-th, counted from 0. Each shard
             has a file of its own, so n processes can run at once.
         batch_size: questions at a time.
         on_done: called with the number of questions that are through.
@@ -190,7 +189,7 @@ def answer_all(
     if shard is None:
         mine, name, pattern = questions, "answers.jsonl", "answers*.jsonl"
     else:  # the other shards' files may be being written to
-        mine = questions[shard[0] - 1 :: shard[1]]
+        mine = questions[shard[0] :: shard[1]]
         name = pattern = f"answers-{shard[0]}-of-{shard[1]}.jsonl"
     answered = _answers_in(sorted(folder.glob(pattern)), mine)
     left = [question for question in mine if question.id not in answered]
@@ -219,18 +218,6 @@ def _answers_in(files: Sequence[Path], questions: Sequence[Question]) -> dict[Id
             if record["id"] in asked:
                 answers[record["id"]] = record["answer"]
     return answers
-
-
-def parse_shard(text: str) -> tuple[int, int]:
-    """``"2/4"`` as (2, 4).
-
-    Raises:
-        ValueError: it is no such fraction, or more than 1.
-    """
-    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
-    if match is None or not 1 <= int(match[1]) <= int(match[2]):
-        raise ValueError(f"shard must be I/N with 1 <= I <= N, such as 1/4; got {text!r}")
-    return int(match[1]), int(match[2])
 
 
 def versions() -> dict[str, str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import html
 import os
-import socket
 import tempfile
 import threading
 import uuid
@@ -321,22 +320,6 @@ def _fetch_nothing(block: Any) -> None:
         return await move(path)
 
     block.async_move_resource_to_block_cache = refuse
-
-
-def check_free(host: str, port: int) -> None:
-    """Raise a ValueError if an address is in use, or none of this machine's."""
-    try:
-        (family, kind, protocol, _, address), *_ = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        with socket.socket(family, kind, protocol) as server:
-            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            server.bind(address)
-    except OSError as error:
-        raise ValueError(
-            f"--host and --port must be free on this machine; got {host} and {port}: "
-            f"{error.strerror}"
-        ) from None
 
 
 @contextmanager

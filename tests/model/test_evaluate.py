@@ -138,10 +138,10 @@ def test_resumed_and_in_shards_the_scores_are_the_same(ask, checkpoint, folder, 
     assert (folder / "again" / "scores.json").read_text() == expected
     assert (folder / "again" / "answers.jsonl").read_bytes() == b"".join(answers)
 
-    for shard in ("2/3", "1/3", "3/3"):
+    for shard in ("1/3", "0/3", "2/3"):
         asked.clear()
         done = ask("--shard", shard, out="shards")
-        assert asked == [10 * (int(shard[0]) - 1), 10 * (int(shard[0]) + 2)]
+        assert asked == [10 * int(shard[0]), 10 * (int(shard[0]) + 3)]
         assert not (folder / "shards" / "scores.json").exists() and "│" not in done.stdout
     asked.clear()
     ask(out="shards")
@@ -389,7 +389,10 @@ def test_bad_records_are_named(change, message, ask, folder):
             "more (VQA has 10); got 2; id 10: ",
         ),
         (("--data", "data.jsonl", "--metric", "anls", "--prompt", "x"), "--prompt must have a pla"),
-        (("--data", "data.jsonl", "--metric", "anls", "--shard", "3/2"), "shard must be I/N with"),
+        (
+            ("--data", "data.jsonl", "--metric", "anls", "--shard", "3/2"),
+            "--shard must be I/N with",
+        ),
         (
             ("--data", "data.jsonl", "--metric", "anls", "--image-pattern", "x"),
             "image_pattern is for VQA's *.json questions",

@@ -102,7 +102,8 @@ def test_a_port_in_use(checkpoint, run):
         port = taken.getsockname()[1]
         code, output, started = run(checkpoint, "--port", port)
     assert (code, started) == (2, [])
-    assert output == f"Error: --host 127.0.0.1 --port {port} must be free: Address already in use\n"
+    must = "--host and --port must be free on this machine"
+    assert output == f"Error: {must}; got 127.0.0.1 and {port}: Address already in use\n"
 
 
 def biases(folder):
