@@ -12,7 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
+from monkey_model.commands.__main__ import app
 from monkey_model.serving import on_ray
 from monkey_model.serving.encode_files import (
     EncoderSource,
@@ -36,6 +38,22 @@ def test_addresses_that_cannot_be_reached():
     for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}", "127.0.0.1:99999"):
         with pytest.raises(ValueError, match=f"no Ray cluster can be reached at --ray {address}"):
             on_ray.connect(address)
+
+
+def test_errors_of_the_command_come_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (4, 3)).save("a.png")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    for options, message in (
+        (["--ray", f"127.0.0.1:{port}"], "no Ray cluster can be reached at --ray 127.0.0.1:"),
+        (["--ray", "auto", "--device", "cuda:1"], "--device must be cpu or cuda with --ray"),
+        (["--ray", "auto", "--shard", "0/2"], "--shard, --preview and --workers do not go with"),
+        (["--models", "2"], "--models needs --ray"),
+    ):
+        done = CliRunner().invoke(app, ["encode", "a.png", *options])
+        assert done.exit_code == 2 and message in done.output, done.output
+    assert not list(tmp_path.glob("tokens*/*"))
 
 
 class Cluster:
