@@ -47,8 +47,8 @@ def write_checkpoint(folder: Path) -> Path:
     return folder
 
 
-def picture(seed: int) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (48, 64, 3), np.uint8)
+def picture(seed: str) -> bytes:
+    pixels = np.random.default_rng(list(seed.encode())).integers(0, 256, (48, 64, 3), np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).resize((1024, 768)).save(file, "JPEG")
     return file.getvalue()
@@ -94,11 +94,11 @@ def measure(folder: Path, count: int, rounds: int) -> list[dict]:
         for number in range(-1, rounds):  # the first warms up, on a question
             for name, different in (("a picture each", count), ("4 pictures", 4)):
                 asked = count if number >= 0 else 1
-                seed = 1000 * (number + 1) + different
+                seed = f"{number + 1}, {name}"
                 pictures = {}
                 for index in range(min(different, asked)):
                     path = folder / f"{seed}-{index}.jpg"
-                    path.write_bytes(picture(1000 * seed + index))
+                    path.write_bytes(picture(f"{seed}, {index}"))
                     pictures[str(path)] = path.read_bytes()
                 paths = list(pictures)
                 questions = [
