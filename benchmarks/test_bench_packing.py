@@ -2,7 +2,7 @@
 
 The same conversations each time, so the same loss and gradients. Rows of their own are padded to
 the longest of their batch: "rows" takes them as they come, "library" sorted by length and a quarter
-at a time, as transformers' group_by_length does at best.
+at a time, as transformers' group_by_length does at best. "ours" takes a packed sequence at a time.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def test_training_step(benchmark, model, provider):
     batches = {
         "rows": [collate(records)],
         "library": [collate(by_length[i : i + quarter]) for i in range(0, len(records), quarter)],
-        "ours, packed": [collate(packs)],
+        "ours, packed": [collate([members]) for members in packs],
     }
     batches = {
         name: [{key: value.to(DEVICE) for key, value in batch.items()} for batch in given]

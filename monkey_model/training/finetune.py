@@ -292,8 +292,10 @@ def build_model(
         # The loading above draws random numbers, and ZeRO-3's loading draws others. Seeded after
         # it, LoRA starts with the same weights however the model is sharded.
         set_seed(arguments.seed)
+        # What does not train needs no copy beside LoRA, which ZeRO-3 could not save.
+        kept = {name: _flags(config)[name] for name in ("train_resampler", "train_vit_lora")}
         try:
-            lora = lora_config(model, **config.lora)
+            lora = lora_config(model, **{**kept, **config.lora})
             # ZeRO-3 needs one dtype for everything that trains. peft's autocast would turn LoRA,
             # and nothing else, to float32.
             model = MonkeyPeftModel(model, lora, autocast_adapter_dtype=False)
@@ -403,8 +405,13 @@ def _dataset(
     return PackedConversations(dataset, packs)
 
 
+def _flags(config: FinetuneConfig) -> dict[str, Any]:
+    """Of ``freeze``, unchecked."""
+    return {**FLAGS, **_MODE_FLAGS[config.mode], **config.freeze}
+
+
 def _check_encoder_is_frozen(config: FinetuneConfig) -> None:
-    flags = {**FLAGS, **_MODE_FLAGS[config.mode], **config.freeze}
+    flags = _flags(config)
     wanted = {"fix_vit": True, "train_resampler": False, "train_vit_lora": False}
     wrong = [f"{name}: {str(on).lower()}" for name, on in wanted.items() if flags[name] != on]
     if wrong:

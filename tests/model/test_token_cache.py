@@ -105,6 +105,7 @@ def test_a_cached_run_is_the_uncached_one(config, tmp_path, encoded, dtype):
     assert losses(runs[0]) == losses(runs[1])
     assert losses(runs[2])[0] == losses(runs[0])[0] and len(losses(runs[2])) == 4
     adapters = [load_file(run / "model" / "adapter_model.safetensors") for run in runs]
+    assert all("lora_A" in name or "lora_B" in name for name in adapters[0])  # what trains
     for name, tensor in adapters[0].items():
         assert torch.equal(tensor, adapters[1][name]) and torch.equal(tensor, adapters[2][name])
     (folder,) = cache.iterdir()
@@ -213,6 +214,8 @@ def test_the_directory_is_that_of_the_encoder(config):
     assert len(set(digests)) == 4
     training_lora = {"mode": "full", "freeze": {"fix_vit": True, **FROZEN}}
     assert digest(**training_lora) == digests[0]
+    # With copies beside LoRA, which peft names otherwise, and their originals.
+    assert digest(lora=dict.fromkeys(FROZEN, True)) == digests[0]
 
 
 def test_a_picture_is_known_by_its_content(tmp_path):
