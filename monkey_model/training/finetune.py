@@ -40,6 +40,7 @@ from monkey_model.freeze import FLAGS, FreezeReport, freeze
 from monkey_model.processing_monkey import MonkeyProcessor
 from monkey_model.training.config import FinetuneConfig, training_arguments
 from monkey_model.training.conversations import (
+    Conversation,
     ConversationCollator,
     ConversationDataset,
     read_conversations,
@@ -232,12 +233,14 @@ def _train(
         callbacks=callbacks,
         run_settings=settings,
     )
-    if samples is not None:
-        samples.attach(trainer)
+    cache = None
     if config.cache_visual_tokens:
-        datasets = [train_data, *([eval_data] if eval_data else [])]
-        cache = _fill_cache(config, trainer, datasets, processor)
+        sources = [source for source in (train_data, eval_data, samples) if source]
+        conversations = [each for source in sources for each in source.conversations]
+        cache = _fill_cache(config, trainer, conversations, processor)
         collator.read_tokens(cache, processor.tokenizer.img_start_id)
+    if samples is not None:
+        samples.attach(trainer, cache)
     unmark_finished(config.output_dir)  # not before: until here anything may be refused
     try:
         trainer.train(resume_from_checkpoint=None if start is None else str(start))
@@ -424,7 +427,7 @@ def _check_encoder_is_frozen(config: FinetuneConfig) -> None:
 def _fill_cache(
     config: FinetuneConfig,
     trainer: RunTrainer,
-    datasets: Iterable[ConversationDataset | PackedConversations],
+    conversations: Iterable[Conversation],
     processor: MonkeyProcessor,
 ) -> TokenCache:
     directory = config.cache_visual_tokens
@@ -432,7 +435,7 @@ def _fill_cache(
         return fill_cache(
             Path(config.output_dir, "visual_tokens") if directory is True else Path(str(directory)),
             encoder(trainer.model),
-            [conversation for data in datasets for conversation in data.conversations],
+            conversations,
             processor.image_processor,
             trainer.accelerator,
             workers=trainer.args.dataloader_num_workers,

@@ -23,6 +23,7 @@ from transformers.integrations import TensorBoardCallback
 from monkey_model.files import writing
 from monkey_model.inputs.images import load_image
 from monkey_model.training.conversations import Conversation, encode_conversation
+from monkey_model.training.token_cache import TokenCache
 
 #: Answers to ``sample_data``, a line for each, beside the checkpoints.
 SAMPLES = "samples.jsonl"
@@ -151,6 +152,7 @@ class SampleAnswers(TrainerCallback):
         self.max_new_tokens = max_new_tokens
         self.accelerator: Accelerator | None = None
         self.boards: Sequence[TensorBoardCallback] = ()
+        self._cache: TokenCache | None = None
         self._shown = False
         self._prompts = []
         for each in conversations:
@@ -165,8 +167,12 @@ class SampleAnswers(TrainerCallback):
                 ) from None
             self._prompts.append(ids)
 
-    def attach(self, trainer: Any) -> None:
-        """Use a Trainer's precision and its TensorBoard."""
+    def attach(self, trainer: Any, cache: TokenCache | None) -> None:
+        """Use a Trainer's precision and its TensorBoard, and the tokens of ``cache``, if any.
+
+        A model that ZeRO-3 has sharded has whole weights only where training has run them.
+        """
+        self._cache = cache
         self.accelerator = trainer.accelerator
         callbacks = trainer.callback_handler.callbacks
         self.boards = [each for each in callbacks if isinstance(each, TensorBoardCallback)]
@@ -193,12 +199,16 @@ class SampleAnswers(TrainerCallback):
         tokenizer = self.processor.tokenizer
         input_ids = torch.tensor([ids], device=device)
         inputs: dict[str, Any] = {"input_ids": input_ids}
-        if conversation.images:
+        if images := list(conversation.images):
             try:
-                pixels = self.processor.image_processor(list(conversation.images))["pixel_values"]
+                if self._cache is not None:
+                    tokens = torch.stack([self._cache.read(image) for image in images])
+                    inputs["visual_tokens"] = tokens.to(device)
+                else:
+                    pixels = self.processor.image_processor(images)["pixel_values"]
+                    inputs["pixel_values"] = pixels.to(device)
             except (OSError, ValueError) as error:
                 raise ValueError(f"sample_data: {conversation.where}: {error}") from error
-            inputs["pixel_values"] = pixels.to(device)
         assert self.accelerator is not None
         with self.accelerator.autocast():
             output = model.generate(

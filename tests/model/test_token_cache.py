@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from monkey_model.training.conversations import (
     read_conversations,
 )
 from monkey_model.training.finetune import build_model, encoder, finetune, training_arguments
+from monkey_model.training.monitor import SAMPLES
 from monkey_model.training.run_directory import CompleteCheckpoints, last_complete_checkpoint
 from monkey_model.training.token_cache import TokenCache, encoder_digest, picture_digest
 from monkey_model.visual import VisionTransformer
@@ -98,8 +100,10 @@ def test_a_cached_run_is_the_uncached_one(config, tmp_path, encoded, dtype):
     assert encoded == [5] * len(COLOURS)  # each picture once, before training
     encoded.clear()
     again = {"dataloader_num_workers": 1, "eval_strategy": "steps", "eval_steps": 1}
-    data = config().data
-    finetune(config("again", again, dtype=dtype, cache_visual_tokens=str(cache), eval_data=data))
+    held_out = dict.fromkeys(("eval_data", "sample_data"), config().data)
+    settings = config("again", again, dtype=dtype, cache_visual_tokens=str(cache), **held_out)
+    finetune(dataclasses.replace(settings, sample_tokens=1))
+    assert (tmp_path / "again" / SAMPLES).is_file()
     assert encoded == []  # from the disk, in another process
     runs = [tmp_path / name for name in ("uncached", "cached", "again")]
     assert losses(runs[0]) == losses(runs[1])
