@@ -14,6 +14,7 @@ from monkey_kernels.add_layer_norm.reference import (
     add_layer_norm_reference,
 )
 from monkey_kernels.checks import check_dtype, check_same, check_tensor
+from monkey_kernels.dispatch import is_plain_call
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -30,8 +31,7 @@ def _why_unsupported(x: Tensor) -> str | None:
     return None
 
 
-@torch.library.custom_op("monkey_kernels::add_layer_norm", mutates_args=())
-def _add_layer_norm(
+def _run(
     residual: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The sum, its LayerNorm, and for backward each row's mean and 1 / sigma, at least float32."""
@@ -41,6 +41,9 @@ def _add_layer_norm(
         return add_layer_norm_forward(residual, branch, weight, bias, eps)
     with torch.autocast(residual.device.type, enabled=False):
         return add_layer_norm_reference(residual, branch, weight, bias, eps)
+
+
+_add_layer_norm = torch.library.custom_op("monkey_kernels::add_layer_norm", _run, mutates_args=())
 
 
 @_add_layer_norm.register_fake
@@ -164,5 +167,6 @@ def add_layer_norm(
         check_same(name, x.shape[0], "residual", width, "row length E")
     if not (math.isfinite(eps) and eps >= 0):
         raise ValueError(f"eps must be finite and not negative; got {eps}")
-    total, normed, _, _ = _add_layer_norm(residual, branch, weight, bias, eps)
+    op = _run if is_plain_call(residual, branch, weight, bias) else _add_layer_norm
+    total, normed, _, _ = op(residual, branch, weight, bias, eps)
     return total, normed

@@ -30,6 +30,7 @@ from monkey_kernels.crops.reference import (
     extract_crops_reference,
     place,
 )
+from monkey_kernels.dispatch import is_plain_call
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -37,8 +38,7 @@ FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _MOST_PIXELS = (2**31 - 1) // 3
 
 
-@torch.library.custom_op("monkey_kernels::extract_crops", mutates_args=())
-def _extract_crops(
+def _run(
     images: Sequence[Tensor],
     grid: Sequence[int],
     crop_size: int,
@@ -58,6 +58,9 @@ def _extract_crops(
         if image.is_floating_point() and not bool(torch.isfinite(image).all()):
             raise ValueError(f"images[{index}] must be finite; got NaN or infinity")
     return extract_crops_reference(*settings, exact=False)
+
+
+_extract_crops = torch.library.custom_op("monkey_kernels::extract_crops", _run, mutates_args=())
 
 
 @_extract_crops.register_fake
@@ -260,6 +263,6 @@ def extract_crops(
         if images.shape[0] == 0:
             return images.new_empty((0, 3, crop_size, crop_size), dtype=dtype)
         images = images.unbind(0)
-    return _extract_crops(
-        list(images), [rows, columns], crop_size, interpolation, fit, mean, std, dtype
-    )
+    images = list(images)
+    settings = [rows, columns], crop_size, interpolation, fit, mean, std, dtype
+    return (_run if is_plain_call(*images) else _extract_crops)(images, *settings)

@@ -16,6 +16,7 @@ from monkey_kernels.checks import (
     check_same,
     check_tensor,
 )
+from monkey_kernels.dispatch import is_plain_call
 from monkey_kernels.resampler_attention.reference import (
     log_sum_exp_reference,
     resampler_attention_backward_reference,
@@ -41,8 +42,7 @@ def _why_unsupported(query: Tensor, num_heads: int) -> str | None:
     return None
 
 
-@torch.library.custom_op("monkey_kernels::resampler_attention", mutates_args=())
-def _resampler_attention(
+def _run(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -66,6 +66,11 @@ def _resampler_attention(
         else:
             lse = log_sum_exp_reference(query, key, num_heads)
     return out.contiguous(), lse
+
+
+_resampler_attention = torch.library.custom_op(
+    "monkey_kernels::resampler_attention", _run, mutates_args=()
+)
 
 
 def _empty_lse(query: Tensor, key: Tensor, num_heads: int) -> Tensor:
@@ -197,5 +202,6 @@ def resampler_attention(query: Tensor, key: Tensor, value: Tensor, *, num_heads:
     query, key, value = _autocast(query), _autocast(key), _autocast(value)
     for name, x in (("key", key), ("value", value)):
         check_same(name, x.dtype, "query", query.dtype, "dtype")
-    out, _lse = _resampler_attention(query, key, value, num_heads)
+    op = _run if is_plain_call(query, key, value) else _resampler_attention
+    out, _lse = op(query, key, value, num_heads)
     return out
