@@ -12,8 +12,8 @@ def is_plain_call(*tensors: Tensor) -> bool:
     """Whether torch's dispatcher would do nothing for a call on ``tensors`` but make it.
 
     The way through a ``torch.library.custom_op`` costs about 40 us of Python, as much as the op's
-    own work on the host. It is needed for gradients, compiled graphs, modes (fake tensors, FLOP
-    counters), subclasses, functorch's transforms and profilers.
+    own work on the host. It is needed for gradients, meta tensors, compiled graphs, modes (fake
+    tensors, FLOP counters), subclasses, functorch's transforms and profilers.
     """
     if (
         torch.compiler.is_compiling()
@@ -24,4 +24,6 @@ def is_plain_call(*tensors: Tensor) -> bool:
     ):
         return False
     trains = torch.is_grad_enabled()
-    return all(type(x) in _PLAIN and not (trains and x.requires_grad) for x in tensors)
+    return all(
+        type(x) in _PLAIN and not x.is_meta and not (trains and x.requires_grad) for x in tensors
+    )

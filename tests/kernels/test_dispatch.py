@@ -40,6 +40,7 @@ def seen_by_the_profiler(call) -> set[str]:
 def test_what_is_a_plain_call() -> None:
     weight = nn.Parameter(torch.zeros(3))
     assert is_plain_call(X) and not is_plain_call(X, weight)
+    assert not is_plain_call(X.to("meta"))
     with torch.no_grad():
         assert is_plain_call(X, weight)
     with torch.inference_mode():
