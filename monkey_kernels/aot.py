@@ -33,7 +33,7 @@ from monkey_kernels.aot_analysis import Launch, Prediction, predict
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
-_TENSOR_CORE_NVIDIA = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|IMMA|IGMMA|QGMMA)\b")
+_TENSOR_CORE_NVIDIA = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|IMMA|IGMMA|UTCIMMA|QGMMA)\b")
 _TENSOR_CORE_AMD = re.compile(r"^\s*v_mfma_", re.MULTILINE)
 
 

@@ -35,6 +35,9 @@ L2_BYTES = 28.0  # from L2, per cycle and SM where all read: 6.3 TB/s, of 8.7 th
 MACS = {"half": 2048, "int8": 4096, "tf32": 1024}  # dense, per cycle and SM
 LEGACY = 0.62  # of which mma.sync (Ampere's instruction) reaches this share
 
+#: How often each loop runs, in the order of their addresses; or by a pattern that one of its
+#: opcodes matches, the first that does. None: it is not entered.
+Trips = Sequence[float | None] | Mapping[str, float | None]
 Costs = dict[str, float]  #: cycles of an SM by pipe, for one warp; and ``macs``
 
 
@@ -43,8 +46,7 @@ class Launch:
     """A launch of a kernel: what its machine code does not say."""
 
     programs: int
-    #: How often each loop runs, in the order of their addresses; None: it is not entered.
-    trips: Sequence[float | None] = ()
+    trips: Trips = ()
     macs: int = 0  #: useful multiply-adds of all programs together
     dearest: bool = True  #: which way to take: a launch of two kinds of programs is two of these
 
@@ -262,22 +264,31 @@ def _waits(blocks: Sequence[Sequence[Instruction]]) -> bool:
     return len(names) <= 8 and "SYNCS" in names
 
 
-def program_costs(sass: str, trips: Sequence[float | None], *, dearest: bool = True) -> Costs:
+def _matching(trips: Mapping[str, float | None], flow: Graph, head: int) -> float | None:
+    opcodes = [i.opcode for block in flow.loops[head] for i in flow.blocks[block]]
+    for pattern, trip in trips.items():
+        if any(re.match(pattern, opcode) for opcode in opcodes):
+            return trip
+    raise ValueError(f"no opcode of the loop at {head:#x} matches any of {', '.join(trips)}")
+
+
+def program_costs(sass: str, trips: Trips, *, dearest: bool = True) -> Costs:
     """Cycles of an SM by pipe that one warp of a program takes.
 
     Args:
         sass: the kernel's listing.
-        trips: how often each loop runs, by address; None: it is not entered. Loops that wait for
-            a barrier are not counted.
+        trips: how often each loop runs. Loops that wait for a barrier are not counted.
         dearest: whether to take the way of most instructions where a branch is open, or of fewest.
             No way leaves early, by an exit that depends on something.
 
     Raises:
-        ValueError: the code has another number of loops.
+        ValueError: the code has another number of loops, or one that no pattern matches.
     """
     flow = graph(parse(sass))
     waiting = {h for h, body in flow.loops.items() if _waits([flow.blocks[b] for b in body])}
     heads = sorted(set(flow.loops) - waiting)
+    if isinstance(trips, Mapping):
+        trips = [_matching(trips, flow, head) for head in heads]
     if len(heads) != len(trips):
         raise ValueError(f"the code has {len(heads)} loops; got {len(trips)} numbers of trips")
     times: dict[int, float | None] = dict.fromkeys(waiting, 1)

@@ -3,8 +3,10 @@
 The canvas is R x C crops, so the centres of the global crop's pixels lie at ``(y + 1/2) * R - 1/2``
 of it: on a pixel where R is odd (that pixel is the result), halfway between two where R is even
 (the mean of two for bilinear, taps (-3, 19, 19, -3) / 32 for bicubic). The taps of canvas levels
-are summed before they are normalised, exactly: the weights are multiples of 2**-10 and the levels
-integers.
+are summed before they are normalised, as integers, which is exact.
+
+A thread makes VECTOR values that are neighbours in a row: for a local crop one vector of canvas
+becomes one of crop.
 """
 
 from __future__ import annotations
@@ -22,41 +24,49 @@ from monkey_kernels.crops.table import (
 
 
 @triton.jit
-def _global_weight(TAP: tl.constexpr, TAPS: tl.constexpr):
-    """Weight of one tap of TAPS: the fraction is 1/2 where there are 2 or 4, 0 where there is 1."""
-    INNER: tl.constexpr = 0.59375 if TAPS == 4 else 1.0 / TAPS
-    return -0.09375 if TAPS == 4 and (TAP == 0 or TAP == 3) else INNER
+def _weight(TAP: tl.constexpr, TAPS: tl.constexpr):
+    """Weight of one tap of TAPS: of 32 in all where there are 4, of TAPS else."""
+    INNER: tl.constexpr = 19 if TAPS == 4 else 1
+    return -3 if TAPS == 4 and (TAP == 0 or TAP == 3) else INNER
 
 
 @triton.jit
 def _sample(
-    plane_ptr,  # [block]: the canvas's channel of each output value
-    y,  # [block]: row of the first tap
-    x,
-    box_top,
-    box_left,
-    box_height,
-    box_width,
-    canvas_height,
-    canvas_width,
-    mask,
+    plane_ptr,  # [G, 1]: the canvas's channel of each row of values
+    y,  # [G, 1]: row of the first tap
+    x,  # [G, VECTOR]: column of the first tap
+    image_ptr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
     TAPS_Y: tl.constexpr,
     TAPS_X: tl.constexpr,
 ):
-    """Weighted sum of canvas values, and the weight that lay inside the filled box."""
-    value = tl.zeros(y.shape, tl.float32)
-    inside = tl.zeros(y.shape, tl.float32)
+    """Weighted mean of canvas values, and the weight that lay inside the filled box."""
+    SUM: tl.constexpr = (32 if TAPS_Y == 4 else TAPS_Y) * (32 if TAPS_X == 4 else TAPS_X)
+    IS_FLOAT: tl.constexpr = plane_ptr.dtype.element_ty.is_floating()
+    value = tl.zeros(x.shape, tl.float32 if IS_FLOAT else tl.int32)
+    inside = tl.zeros(x.shape, tl.int32)
     for i in tl.static_range(TAPS_Y):
-        row = tl.minimum(tl.maximum(y + i, 0), canvas_height - 1)
+        row = y if TAPS_Y == 1 else tl.minimum(tl.maximum(y + i, 0), HEIGHT - 1)
         for j in tl.static_range(TAPS_X):
-            col = tl.minimum(tl.maximum(x + j, 0), canvas_width - 1)
-            live = mask & (row >= box_top) & (row < box_top + box_height)
-            live = live & (col >= box_left) & (col < box_left + box_width)
-            tap = tl.load(plane_ptr + row.to(tl.int64) * canvas_width + col, live, other=0)
-            weight = _global_weight(i, TAPS_Y) * _global_weight(j, TAPS_X)
-            value += weight * tap.to(tl.float32)
-            inside += tl.where(live, weight, 0.0)
-    return value, inside
+            col = x if TAPS_X == 1 else tl.minimum(tl.maximum(x + j, 0), WIDTH - 1)
+            tap = tl.load(plane_ptr + row * WIDTH + col)
+            weight = _weight(i, TAPS_Y) * _weight(j, TAPS_X)
+            if PADDED:  # outside the box the canvas is not written
+                live = _is_in(row, image_ptr, TARGET_TOP, TARGET_HEIGHT)
+                live = live & _is_in(col, image_ptr, TARGET_LEFT, TARGET_WIDTH)
+                tap = tl.where(live, tap, 0)
+                inside += tl.where(live, weight, 0)
+            value += weight * tap.to(value.dtype)
+    value = value.to(tl.float32) * (1.0 / SUM)
+    return value, inside.to(tl.float32) * (1.0 / SUM) if PADDED else 1.0
+
+
+@triton.jit
+def _is_in(index, image_ptr, START: tl.constexpr, SIZE: tl.constexpr):
+    start = tl.load(image_ptr + START).to(tl.int32)
+    return (index >= start) & (index < start + tl.load(image_ptr + SIZE).to(tl.int32))
 
 
 @triton.jit
@@ -71,32 +81,35 @@ def cut_kernel(
     COLUMNS: tl.constexpr,
     CROP_SIZE: tl.constexpr,
     BICUBIC: tl.constexpr,
+    PADDED: tl.constexpr,  # whether a part of the canvas may be unfilled
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Stages 2 and 3, canvas to normalised local crops and global crop. Grid: (crops * blocks,)."""
     LOCAL: tl.constexpr = ROWS * COLUMNS
     HEIGHT: tl.constexpr = ROWS * CROP_SIZE
     WIDTH: tl.constexpr = COLUMNS * CROP_SIZE
-    VALUES: tl.constexpr = 3 * CROP_SIZE * CROP_SIZE
+    VECTOR: tl.constexpr = 8 if CROP_SIZE % 8 == 0 else (4 if CROP_SIZE % 4 == 0 else 1)
+    VECTORS: tl.constexpr = 3 * CROP_SIZE * CROP_SIZE // VECTOR
     crop = tl.program_id(0) // blocks
     b = (crop // (LOCAL + 1)).to(tl.int64)
     index = crop % (LOCAL + 1)
     image_ptr = images_ptr + b * IMAGE_FIELDS
-    box_top = tl.load(image_ptr + TARGET_TOP).to(tl.int32)
-    box_left = tl.load(image_ptr + TARGET_LEFT).to(tl.int32)
-    box_height = tl.load(image_ptr + TARGET_HEIGHT).to(tl.int32)
-    box_width = tl.load(image_ptr + TARGET_WIDTH).to(tl.int32)
 
-    offs = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < VALUES
-    channel = offs // (CROP_SIZE * CROP_SIZE)
-    y = offs // CROP_SIZE % CROP_SIZE
-    x = offs % CROP_SIZE
-    plane_ptr = canvas_ptr + (b * 3 + channel) * HEIGHT * WIDTH
+    vector = (tl.program_id(0) % blocks) * (BLOCK // VECTOR)
+    vector += tl.arange(0, BLOCK // VECTOR)[:, None]
+    offs = tl.arange(0, VECTOR)[None, :]
+    mask = vector < VECTORS
+    first = tl.minimum(vector, VECTORS - 1) * VECTOR
+    channel = first // (CROP_SIZE * CROP_SIZE)
+    y = first // CROP_SIZE % CROP_SIZE
+    x = first % CROP_SIZE
+    plane_ptr = canvas_ptr + (b * 3 + channel) * (HEIGHT * WIDTH)
     if index < LOCAL:
+        # The sanitizer, which does not follow the branch, has to see that the row exists.
+        top = tl.minimum(index // COLUMNS, ROWS - 1) * CROP_SIZE
+        left = (index % COLUMNS) * CROP_SIZE
         value, inside = _sample(
-            plane_ptr, y + (index // COLUMNS) * CROP_SIZE, x + (index % COLUMNS) * CROP_SIZE,
-            box_top, box_left, box_height, box_width, HEIGHT, WIDTH, mask, 1, 1,
+            plane_ptr, top + y, left + x + offs, image_ptr, HEIGHT, WIDTH, PADDED, 1, 1,
         )  # fmt: skip
     else:
         # Output centres lie at (y + 1/2) * ROWS - 1/2: on a pixel, or halfway between two.
@@ -106,11 +119,11 @@ def cut_kernel(
         FIRST_Y: tl.constexpr = ROWS // 2 - TAPS_Y // 2
         FIRST_X: tl.constexpr = COLUMNS // 2 - TAPS_X // 2
         value, inside = _sample(
-            plane_ptr, y * ROWS + FIRST_Y, x * COLUMNS + FIRST_X,
-            box_top, box_left, box_height, box_width, HEIGHT, WIDTH, mask, TAPS_Y, TAPS_X,
+            plane_ptr, y * ROWS + FIRST_Y, (x + offs) * COLUMNS + FIRST_X, image_ptr,
+            HEIGHT, WIDTH, PADDED, TAPS_Y, TAPS_X,
         )  # fmt: skip
     scale = tl.where(channel == 0, scale_0, tl.where(channel == 1, scale_1, scale_2))
     shift = tl.where(channel == 0, shift_0, tl.where(channel == 1, shift_1, shift_2))
     out = value * scale + inside * shift
-    out_ptr += crop.to(tl.int64) * VALUES
-    tl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask)
+    out_ptr += crop.to(tl.int64) * VECTORS * VECTOR
+    tl.store(out_ptr + first + offs, out.to(out_ptr.dtype.element_ty), mask)

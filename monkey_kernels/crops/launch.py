@@ -1,22 +1,23 @@
 """Triton implementation of ``extract_crops``: how its kernels are launched.
 
-Four kernels, each over all images of the call, from one table (``plan.py``): filter weights;
-image to scratch and scratch to canvas (``filter_kernel.py``); canvas to crops (``cut_kernel.py``).
-The photo leaves memory once, as bytes. For one 4000x3000 photo and five bf16 crops that is 36 MB of
-the 42 MB that have to move; scratch (8 MB) and canvas (2.4 MB) are uint8 and stay in the L2 cache
-of a large GPU (50 MB on an H100), for which images are taken in groups of at most SCRATCH_BYTES.
-Plain torch writes and reads the photo as float (144 MB) and the canvas several times over.
+Three kernels a call, each over all images, from one table (``plan.py``): image to scratch and
+scratch to canvas (``filter_kernel.py``); canvas to crops (``cut_kernel.py``). A fourth makes the
+filters, for sizes that are new. The photo leaves memory once, as bytes. For one 4000x3000 photo and
+five bf16 crops that is 36 MB of the 42 MB that have to move; scratch (8 MB), canvas and filters
+(2.4 MB each) are bytes and stay in the L2 cache of a large GPU (50 MB on an H100), for which images
+are taken in groups of at most SCRATCH_BYTES. Plain torch writes and reads the photo as float
+(144 MB) and the canvas several times over.
 
 What was considered:
 
-* One kernel for both passes, with the first pass's tile in registers: no scratch, but it needs the
-  sums of six [64, 16] tiles at once. Compiled for sm_90 it took 218 to 255 registers, and spilled
-  at most tile sizes tried (up to 1240 bytes): too few threads to hide a load. A pass of its own
-  takes 120 to 150 there for 8 warps, by Triton's version.
+* One kernel for both passes, with the first pass's tile in registers: no scratch, but too few
+  threads to hide a load.
 * The two-dimensional window per output, 300 taps for bicubic at 12 MP against 35: never.
 * A loop over the taps on CUDA cores: loads of single bytes, 13 bytes apart, one per tap and output.
-  The band form loads a byte 1.4 times; its products are 3.5 GFLOP, 4 us of an H100's tensor cores.
-* Weights in one fp16 or tf32 piece: 11 bits, one value in a hundred a level off. Two are exact.
+* Channels taken apart before the product, which then is a third as long, with weights in two fp16
+  pieces: 7 instructions a byte, 19 us of a 12 MP photo's first pass on an H100 by
+  ``python -m monkey_kernels.aot --analyse``; this way takes 11.
+* Bands made in the kernel from a filter's weights: an instruction more for each of their zeros.
 * Weights made on the host: 0.2 ms an axis, and photos of many sizes have many axes.
 * The global crop from the crops just written: in half precision they are rounded already. The
   uint8 canvas is exact.
@@ -27,9 +28,9 @@ What was considered:
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -37,13 +38,13 @@ from torch import Tensor
 
 from monkey_kernels.crops.cut_kernel import cut_kernel
 from monkey_kernels.crops.filter_kernel import (
+    bands_kernel,
     first_pass_kernel,
     second_pass_kernel,
-    taps_kernel,
 )
 from monkey_kernels.crops.parameters import (
+    BANDS_BLOCK,
     SCRATCH_BYTES,
-    TAPS_BLOCK,
     cut_parameters,
     filter_parameters,
 )
@@ -51,8 +52,8 @@ from monkey_kernels.crops.plan import IMAGE_FIELDS, Group, Layout, layout, make_
 from monkey_kernels.crops.reference import FILTER_RADIUS
 from monkey_kernels.launching import launch, will_read
 
-# Calls whose tables and filters are kept: a photo's filters take 0.1 MB.
-MOST_PREPARED = 16
+# Of bands that are kept: those of fifty 12 MP photos, or of two calls with 64 small ones.
+KEPT_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True)
@@ -61,27 +62,44 @@ class Prepared:
 
     images: Tensor  # [images, IMAGE_FIELDS] int64
     axes: Tensor
-    firsts: Tensor  # see taps_kernel
-    weights: Tensor
+    firsts: Tensor  # see bands_kernel
+    bias: Tensor
+    bands: Tensor
     groups: list[Group]
 
 
-@functools.lru_cache(maxsize=MOST_PREPARED)
-def prepare(
+prepared: dict[tuple[Any, ...], Prepared] = {}  # by the arguments, the last used at the end
+
+
+def prepare(*arguments: Any) -> Prepared:
+    """:func:`_prepare`, or what it made of the same arguments before."""
+    call = prepared.pop(arguments, None)
+    if call is None:
+        call = _prepare(*arguments)
+        room = KEPT_BYTES - call.bands.nbytes
+        for kept, other in list(prepared.items())[::-1]:
+            room -= other.bands.nbytes
+            if room < 0:
+                prepared.pop(kept, None)
+    prepared[arguments] = call
+    return call
+
+
+def _prepare(
     images: tuple[Layout, ...],
     dtype: torch.dtype,
     canvas: tuple[int, int],
     interpolation: str,
     fit: str,
-    first_tile: tuple[int, int],
-    second_tile: tuple[int, int],
+    first_tile: tuple[int, int, int],
+    second_tile: tuple[int, int, int],
     scratch_bytes: int,
     device: torch.device,
     stream: int,
 ) -> Prepared:
     """The table of a call and its filters, on the device.
 
-    Kept by stream, too: another one might read them before they are written.
+    They differ by stream, too: another one might read them before they are written.
     """
     plan = make_plan(
         images, dtype, canvas, interpolation, fit, first_tile, second_tile, scratch_bytes
@@ -91,21 +109,18 @@ def prepare(
         table = table.pin_memory().to(device, non_blocking=True)
     axes = table[len(images) * IMAGE_FIELDS :]
     is_float = dtype.is_floating_point
-    firsts = torch.empty(plan.outputs, dtype=torch.int32, device=device)
-    weights = torch.empty(
-        plan.taps * (1 if is_float else 2),
-        dtype=torch.float32 if is_float else torch.float16,
-        device=device,
-    )
+    firsts, bias = (torch.empty(plan.outputs, dtype=torch.int32, device=device) for _ in range(2))
+    # Zeros but for the taps, which are all that is written.
+    bands = torch.zeros(plan.bands, dtype=torch.float32 if is_float else torch.int8, device=device)
     launch(
-        ("taps", device, is_float, interpolation),
-        taps_kernel, (triton.cdiv(plan.longest_axis, TAPS_BLOCK[0]), plan.axes, 1),
-        axes, firsts, weights, FILTER_RADIUS[interpolation], is_float, *TAPS_BLOCK,
+        ("bands", device, is_float, interpolation),
+        bands_kernel, (triton.cdiv(plan.longest_axis, BANDS_BLOCK[0]), plan.axes, 1),
+        axes, firsts, bias, bands, FILTER_RADIUS[interpolation], is_float, *BANDS_BLOCK,
         # Pillow's float64 has no fused multiply-add.
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     image_table = table[: len(images) * IMAGE_FIELDS].view(-1, IMAGE_FIELDS)
-    return Prepared(image_table, axes, firsts, weights, plan.groups)
+    return Prepared(image_table, axes, firsts, bias, bands, plan.groups)
 
 
 def extract_crops_triton(
@@ -143,13 +158,14 @@ def extract_crops_triton(
         call = prepare(
             tuple(layout(image, images[0]) for image in images), images[0].dtype,
             (height, width), interpolation, fit,
-            (first.block_m, first.block_n), (second.block_m, second.block_n), SCRATCH_BYTES,
+            first.tile, second.tile, SCRATCH_BYTES,
             device, stream,
         )  # fmt: skip
         will_read(call)
         most_scratch = max(group.scratch for group in call.groups)
-        scratch = torch.empty(most_scratch, dtype=value_dtype, device=device)
-        filters = call.axes, call.firsts, call.weights, scratch
+        scratch_dtype = torch.float32 if is_float else torch.int8
+        scratch = torch.empty(most_scratch, dtype=scratch_dtype, device=device)
+        filters = call.axes, call.firsts, call.bias, call.bands, scratch
         for group in call.groups:
             part = slice(group.first, group.first + group.images)
             table = call.images[part]
@@ -169,12 +185,12 @@ def extract_crops_triton(
         full = 1 if is_float else 255
         blocks = triton.cdiv(3 * crop_size**2, cut.block)
         launch(
-            ("cut", device, is_float, dtype, grid, crop_size, interpolation, cut),
+            ("cut", device, is_float, dtype, grid, crop_size, interpolation, fit, cut),
             cut_kernel, (crops * blocks, 1, 1),
             canvas, call.images, out, blocks,
             *[1 / (full * s) for s in std],
             *[-m / s for m, s in zip(mean, std, strict=True)],
-            rows, columns, crop_size, interpolation == "bicubic", cut.block,
+            rows, columns, crop_size, interpolation == "bicubic", fit == "pad", cut.block,
             num_warps=cut.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
     return out

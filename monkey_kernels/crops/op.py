@@ -241,12 +241,10 @@ def extract_crops(
 
     Numerics:
         uint8 images follow the ``Image.resize`` of Pillow 13, rounding to 0..255 after each of the
-        two passes, to the bit, with two exceptions. On the CPU sides that shrink 2.5x or more take
+        two passes, to the bit, with one exception. On the CPU sides that shrink 2.5x or more take
         a faster filter in plain torch, at most 2 levels off in at most 1.7 % of a photo's values.
-        The Triton kernel's sums are exact to 2**24, some hundreds of taps; beyond that, where a
-        side shrinks by hundreds, a value at a tie may be a level off. Float images
-        follow ``F.interpolate(antialias=True)`` and are not clamped. All in float32, rounded once
-        to ``dtype``. Deterministic. Differentiable in float images.
+        Float images follow ``F.interpolate(antialias=True)`` and are not clamped. All in float32,
+        rounded once to ``dtype``. Deterministic. Differentiable in float images.
 
     Source: upstream ``monkey_model/visual.py``, ``VisionTransformer.encode``.
     """

@@ -12,26 +12,30 @@ from monkey_kernels.tuning import launch_parameters
 
 @dataclass(frozen=True)
 class FilterParameters:
-    """Tile of one pass, per channel."""
+    """Tile of one pass."""
 
     block_m: int = 128  # lines: the more, the more often a step's weights are used
-    block_n: int = 16  # outputs along the axis: the fewer, the fewer zeros in the band
-    block_k: int = 32  # inputs per step: 3 steps at 12 MP bilinear, 82 inputs wide
-    num_warps: int = 8  # a thread holds 48 sums; with 4 it would hold 96 and spill
+    block_n: int = 32  # outputs: the fewer, the fewer zeros in the band
+    block_k: int = 64  # inputs per step: 3 steps at 12 MP bilinear, 190 bytes wide
+    num_warps: int = 4  # two programs on a multiprocessor: one waits while the other computes
+    num_stages: int = 2  # steps in flight, where rows are copied to shared memory as they lie
+
+    @property
+    def tile(self) -> tuple[int, int, int]:
+        return self.block_m, self.block_n, self.block_k
 
     def blocks(self) -> dict[str, int]:
         return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
 
     def options(self) -> dict[str, Any]:
-        # One stage: words of unknown alignment are unpacked in registers, there is nothing to
-        # copy ahead asynchronously.
-        return {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": True}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {**options, "enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
 class CutParameters:
-    block: int = 512  # output values: 2 a thread, with 16 taps each for the bicubic global crop
-    num_warps: int = 8  # with 4, a third more registers than the 64 that fill a multiprocessor
+    block: int = 2048  # output values: 8 a thread, a vector of both canvas and crop
+    num_warps: int = 8
 
 
 FILTERS = {
@@ -39,11 +43,11 @@ FILTERS = {
     "second_pass": FilterParameters(),
     # fp32 products run on CUDA cores, with both operands in registers: smaller tiles. These spill
     # on no target under Triton 3.6 and 3.9; most neighbours do on one.
-    "first_pass_float32": FilterParameters(64, 16, 16),
-    "second_pass_float32": FilterParameters(64, 16, 32),
+    "first_pass_float32": FilterParameters(64, 16, 16, 8, 1),
+    "second_pass_float32": FilterParameters(64, 16, 32, 8, 1),
 }
 CUT = CutParameters()
-TAPS_BLOCK = (16, 32)  # outputs, taps: most shrinks' taps in one step
+BANDS_BLOCK = (16, 16)  # outputs, taps: twice as many spill
 SCRATCH_BYTES = 16 * 2**20  # two 12 MP photos: leaves an H100's L2 room for the photos passing by
 
 

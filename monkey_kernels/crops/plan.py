@@ -30,6 +30,7 @@ class Layout(NamedTuple):
     stride_x: int
     stride_channel: int
     offset: int  # bytes from the first image of the call
+    alignment: int  # its address, modulo 16 bytes
 
 
 def layout(image: Tensor, first: Tensor) -> Layout:
@@ -39,7 +40,8 @@ def layout(image: Tensor, first: Tensor) -> Layout:
         (height, width, _), (stride_y, stride_x, stride_channel) = image.shape, image.stride()
     else:
         (_, height, width), (stride_channel, stride_y, stride_x) = image.shape, image.stride()
-    return Layout(height, width, stride_y, stride_x, stride_channel, offset)
+    alignment = image.data_ptr() % 16
+    return Layout(height, width, stride_y, stride_x, stride_channel, offset, alignment)
 
 
 @dataclass
@@ -59,8 +61,18 @@ class Plan:
     axes: int
     longest_axis: int  # outputs
     outputs: int  # of all axes
-    taps: int  # of all outputs
+    bands: int  # values, of all axes
     groups: list[Group]
+
+
+class Axis(NamedTuple):
+    """How a pass filters."""
+
+    in_size: int
+    out_size: int
+    channels: int  # of a pixel, next to each other
+    skew: int  # values before the first, to a multiple of 16
+    tile: tuple[int, int, int]  # of the pass: lines, columns, inputs of a step
 
 
 def most_taps(in_size: int, out_size: int, interpolation: str) -> int:
@@ -69,73 +81,99 @@ def most_taps(in_size: int, out_size: int, interpolation: str) -> int:
     return 2 * math.ceil(support) + 1
 
 
+def span(axis: Axis, taps: int) -> int:
+    """No tile of an axis reads more inputs than this, a whole number of steps."""
+    _, columns, step = axis.tile
+    outputs = -(-(columns - 1) // axis.channels)  # from the first to the last
+    pixels = math.ceil(outputs * axis.in_size / axis.out_size) + 1 + taps
+    # The start is rounded down by up to 15, the end up.
+    return -(-(pixels * axis.channels + axis.skew + 30) // step) * step
+
+
 def make_plan(
     images: Sequence[Layout],
     dtype: torch.dtype,
     canvas: tuple[int, int],
     interpolation: str,
     fit: str,
-    first_tile: tuple[int, int],
-    second_tile: tuple[int, int],
+    first_tile: tuple[int, int, int],
+    second_tile: tuple[int, int, int],
     scratch_bytes: int,
 ) -> Plan:
     """Plan of a call for images of ``dtype``.
 
-    A tile is (lines, outputs) of one program of a pass. A group of images takes ``scratch_bytes``
-    of scratch, or one image.
+    A tile is (lines, columns, inputs of a step) of one program of a pass. A group of images takes
+    ``scratch_bytes`` of scratch, or one image.
     """
     is_float = dtype.is_floating_point
     most_scratch = scratch_bytes // (4 if is_float else 1)
-    axis_index: dict[tuple[int, int], int] = {}
+    axis_index: dict[Axis, int] = {}
     axis_rows: list[int] = []
     image_rows: list[int] = []
-    outputs = taps = 0
+    outputs = bands = 0
     groups = [Group(0)]
     for index, image in enumerate(images):
         source, target = place(image.height, image.width, canvas, fit)
         skipped = source.top * image.stride_y + source.left * image.stride_x
-
-        y_axis, x_axis = (source.height, target.height), (source.width, target.width)
+        y_sizes, x_sizes = (source.height, target.height), (source.width, target.width)
         # The order matters where a pass rounds. Floats take the one whose reads are contiguous.
         y_first = not is_float and vertical_first(source[2:], target[2:])
-        first, second = (y_axis, x_axis) if y_first else (x_axis, y_axis)
-        strides = (image.stride_y, image.stride_x)
-        for axis in (first, second):
+        skew = 0
+        if is_float:
+            how, lines, strides = 0, source.height, (image.stride_y, image.stride_x)
+            axes = (Axis(*x_sizes, 1, 0, first_tile), Axis(*y_sizes, 1, 0, second_tile))
+        elif y_first:
+            how, lines, strides = columns.COLUMNS, 3 * source.width, (1, image.stride_y)
+            axes = (Axis(*y_sizes, 1, 0, first_tile), Axis(*x_sizes, 3, 0, second_tile))
+        else:
+            how, lines, strides = columns.ROWS_ANYWHERE, source.height, (image.stride_y, 3)
+            if image.stride_y % 16 == 0:
+                how, skew = columns.ROWS_ALIKE, (image.alignment + skipped) % 16
+            axes = (Axis(*x_sizes, 3, skew, first_tile), Axis(*y_sizes, 1, 0, second_tile))
+        for axis in axes:
             if axis not in axis_index:
                 axis_index[axis] = len(axis_index)
-                axis_taps = most_taps(*axis, interpolation)
+                taps = most_taps(axis.in_size, axis.out_size, interpolation)
+                length = span(axis, taps)
                 row = [0] * AXIS_FIELDS
-                row[columns.IN_SIZE], row[columns.OUT_SIZE] = axis
-                row[columns.TAPS] = axis_taps
-                row[columns.FIRSTS_OFFSET], row[columns.WEIGHTS_OFFSET] = outputs, taps
+                row[columns.IN_SIZE], row[columns.OUT_SIZE] = axis.in_size, axis.out_size
+                row[columns.TAPS], row[columns.CHANNELS] = taps, axis.channels
+                row[columns.SKEW], row[columns.TILE] = axis.skew, axis.tile[1]
+                row[columns.SPAN] = length
+                row[columns.OUTPUTS_OFFSET], row[columns.BANDS_OFFSET] = outputs, bands
                 axis_rows += row
-                outputs += axis[1]
-                taps += axis[1] * axis_taps
+                outputs += axis.out_size
+                pieces = 1 if is_float else 3
+                padded = -(-axis.out_size * axis.channels // axis.tile[1]) * axis.tile[1]
+                bands += padded * pieces * length
 
-        lines = second[0]
-        scratch = 3 * first[1] * -(-lines // 16) * 16  # rows start at multiples of 16 bytes
+        first, second = axes
+        # Rows of scratch start at multiples of 16 bytes.
+        scratch = (1 if y_first else 3) * first.out_size * -(-lines // 16) * 16
         if groups[-1].images and groups[-1].scratch + scratch > most_scratch:
             groups.append(Group(index))
         group = groups[-1]
         row = [0] * IMAGE_FIELDS
         row[columns.IMAGE_OFFSET] = image.offset + skipped * dtype.itemsize
-        row[columns.STRIDE_M], row[columns.STRIDE_K] = strides[::-1] if y_first else strides
+        row[columns.STRIDE_M], row[columns.STRIDE_K] = strides
         row[columns.STRIDE_C] = image.stride_channel
         row[columns.LINES] = lines
         row[columns.FIRST_AXIS], row[columns.SECOND_AXIS] = axis_index[first], axis_index[second]
-        row[columns.VERTICAL_FIRST] = int(y_first)
+        row[columns.SOURCE] = how
         row[columns.SCRATCH_OFFSET] = group.scratch
         row[columns.TARGET_TOP], row[columns.TARGET_LEFT] = target.top, target.left
         row[columns.TARGET_HEIGHT], row[columns.TARGET_WIDTH] = target.height, target.width
         image_rows += row
         group.images += 1
         group.scratch += scratch
-        group.first_tiles = max(group.first_tiles, _tiles(lines, first[1], first_tile))
-        group.second_tiles = max(group.second_tiles, _tiles(first[1], second[1], second_tile))
+        planes = (3 if is_float else 1), (1 if y_first else 3)
+        group.first_tiles = max(group.first_tiles, _tiles(planes[0], lines, first))
+        group.second_tiles = max(group.second_tiles, _tiles(planes[1], first.out_size, second))
     table = torch.tensor(image_rows + axis_rows, dtype=torch.int64)
-    longest = max(out for _, out in axis_index)
-    return Plan(table, len(axis_index), longest, outputs, taps, groups)
+    longest = max(axis.out_size for axis in axis_index)
+    return Plan(table, len(axis_index), longest, outputs, bands, groups)
 
 
-def _tiles(lines: int, outputs: int, tile: tuple[int, int]) -> int:
-    return -(-lines // tile[0]) * -(-outputs // tile[1])
+def _tiles(planes: int, lines: int, axis: Axis) -> int:
+    across = -(-axis.out_size * axis.channels // axis.tile[1])
+    return planes * -(-lines // axis.tile[0]) * across

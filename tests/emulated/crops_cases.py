@@ -52,7 +52,7 @@ def to_the_bit(make: Callable[[], list[Tensor]], **settings: Any) -> str:
         image.bitwise_not_()
     got, want = run(images, **plain) * 255, extract_crops_reference(images, **plain) * 255
     assert torch.equal(got[local].round(), want[local].round()), "levels differ the second time"
-    launch.prepare.cache_clear()
+    launch.prepared.clear()
     guarded.release()
     return f"{want[local].numel()} levels are the reference's"
 
@@ -65,13 +65,18 @@ def near(make: Callable[[], list[Tensor]], **settings: Any) -> str:
     eps = torch.finfo(got.dtype).eps
     error = ((got.double() - want).abs() - eps * want.abs()).clamp(min=0) * 255 * min(CLIP_STD)
     assert error.max() < 1e-3, f"{error.max().item():.2g} levels off"  # false for NaN, too
-    launch.prepare.cache_clear()
+    launch.prepared.clear()
     guarded.release()
     return f"{error.max().item():.1e} levels off"
 
 
 def ragged() -> list[Tensor]:
     return [photo(33, 29), photo(61, 9, 1), photo(1, 1, 2), window(9, 40, 1, 2)]
+
+
+def alike() -> list[Tensor]:
+    """Rows a multiple of 16 bytes apart: read as vectors, from where the first of them starts."""
+    return [photo(20, 32), window(9, 40, 3, 5), window(30, 29, 0, 3)]
 
 
 def floats(dtype: torch.dtype) -> list[Tensor]:
@@ -83,6 +88,7 @@ SMALL = {"grid": (2, 2), "crop_size": 8}
 CASES: dict[str, Callable[[], str]] = {
     "bilinear, ragged": partial(to_the_bit, ragged, interpolation="bilinear", **SMALL),
     "bicubic, ragged": partial(to_the_bit, ragged, interpolation="bicubic", **SMALL),
+    "rows alike": partial(to_the_bit, alike, interpolation="bicubic", fit="crop", **SMALL),
     "the centre": partial(to_the_bit, ragged, interpolation="bicubic", fit="crop", **SMALL),
     "a canvas of one pixel": partial(
         to_the_bit, ragged, interpolation="bicubic", grid=(1, 1), crop_size=1

@@ -18,7 +18,7 @@ def clean_interpreter() -> Iterator[None]:
         return
     from monkey_kernels.crops import launch
 
-    launch.prepare.cache_clear()  # a planted fault must not meet what an earlier test prepared
+    launch.prepared.clear()  # a planted fault must not meet what an earlier test prepared
     attributes = vars(interpreter_builder)
     before = dict(attributes)
     yield

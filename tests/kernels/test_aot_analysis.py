@@ -62,6 +62,9 @@ def test_a_loop_that_is_not_entered():
                   "@P2 BRA 0x40", "EXIT")  # fmt: skip
     assert program_costs(two, (100, None))["fma"] == 25
     assert program_costs(two, (None, 100))["xu"] == 200
+    assert program_costs(two, {"MUFU": None, "FA": 100}) == program_costs(two, (100, None))
+    with pytest.raises(ValueError, match="no opcode of the loop at 0x40 matches any of FADD, F"):
+        program_costs(two, {"FADD": 1, "F": 1})
     with pytest.raises(ValueError, match="no way leads past"):
         program_costs(two, (None, None))
 

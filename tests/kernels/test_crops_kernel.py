@@ -27,14 +27,15 @@ PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BIC
 
 @pytest.fixture(autouse=True)
 def poisoned_buffers(monkeypatch):
-    """Every buffer that a launcher allocates starts as NaN, or as 255."""
+    """Every buffer that a launcher allocates starts as NaN, or as the largest integer."""
     empty = torch.empty
 
     def poisoned(*args, **kwargs):
         buffer = empty(*args, **kwargs)
         if buffer.device.type == "meta":
             return buffer
-        return buffer.fill_(float("nan") if buffer.is_floating_point() else 255)
+        whole = not buffer.is_floating_point()
+        return buffer.fill_(torch.iinfo(buffer.dtype).max if whole else float("nan"))
 
     monkeypatch.setattr(torch, "empty", poisoned)
 
@@ -62,12 +63,12 @@ def levels_off(got, want):
 
 
 def check(images, **settings):
-    """The kernel against the exact reference in float64: 1 level, 0.5 % of values."""
+    """The kernel against the exact reference in float64: no level differs."""
     want = extract_crops_reference(
         [image.cpu() for image in images], **{**settings, "dtype": torch.float64}
     )
     worst, share = levels_off(run(images, **settings), want)
-    assert worst <= 1.01 and share <= 0.005, f"{worst} levels off, {share:.2%} of values"
+    assert worst <= 0.01, f"{worst} levels off, {share:.2%} of values"
 
 
 def random_case(seed):
@@ -127,7 +128,7 @@ def test_local_and_global_crops_agree_with_pillow(seed):
         whole = F.interpolate(canvas[None], size, mode=settings["interpolation"])
         want += [tiles, whole]
     worst, share = levels_off(run(images, **settings), torch.cat(want))
-    assert worst <= 1.01 and share <= 0.005, f"{worst} levels off, {share:.2%} of values"
+    assert worst <= 0.01, f"{worst} levels off, {share:.2%} of values"
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
@@ -212,6 +213,7 @@ def strided_views():
         "columns": rgb[:, ::2],
         "rows": rgb[::3],
         "window": rgb[3:40, 5:61],
+        "rows at one distance from 16 bytes": photo(50, 64)[3:40, 5:61],
         "transposed": rgb.permute(1, 0, 2),
         "repeated row": rgb[:1].expand(30, -1, -1),
     }
@@ -263,7 +265,7 @@ def test_images_that_exceed_the_scratch_are_split_over_launches(monkeypatch):
     scratch = 3 * 16 * 32  # of an image: 16 columns of 30 lines, padded
     monkeypatch.setattr(launch, "SCRATCH_BYTES", 2 * scratch)
     assert torch.equal(run(images, crop_size=8), whole)
-    settings = (torch.uint8, (16, 16), "bilinear", "stretch", (8, 8), (8, 8), 2 * scratch)
+    settings = (torch.uint8, (16, 16), "bilinear", "stretch", (8, 8, 32), (8, 8, 32), 2 * scratch)
     layouts = [plan.layout(image, images[0]) for image in images]
     assert [group.images for group in plan.make_plan(layouts, *settings).groups] == [2, 2, 1]
 
@@ -281,7 +283,7 @@ def count_launches(monkeypatch, name):
 
 
 def test_tables_and_filters_are_kept_for_images_that_lie_alike(monkeypatch):
-    made = count_launches(monkeypatch, "taps_kernel")
+    made = count_launches(monkeypatch, "bands_kernel")
     settings = {"grid": (1, 2), "crop_size": 8}
     batch = torch.stack([photo(31, 44, seed) for seed in range(3)])
     expected = run([photo(31, 44, 3)], **settings)
@@ -298,10 +300,18 @@ def test_tables_and_filters_are_kept_for_images_that_lie_alike(monkeypatch):
     assert len(made) == 6
 
 
-def test_only_so_many_tables_are_kept():
-    for size in range(launch.MOST_PREPARED + 5):
-        run([photo(3, 4 + size)], crop_size=2)
-    assert launch.prepare.cache_info().currsize == launch.MOST_PREPARED
+def test_only_so_many_bands_are_kept(monkeypatch):
+    made = count_launches(monkeypatch, "bands_kernel")
+    run([photo(3, 4)], crop_size=2)
+    [first] = launch.prepared.values()
+    monkeypatch.setattr(launch, "KEPT_BYTES", 2 * first.bands.nbytes)
+    for width in (5, 4, 6, 4, 5):  # 5 gives way to 6, being longer unused than 4
+        run([photo(3, width)], crop_size=2)
+    assert len(made) == 4
+    assert sum(call.bands.nbytes for call in launch.prepared.values()) <= launch.KEPT_BYTES
+    monkeypatch.setattr(launch, "KEPT_BYTES", 0)
+    run([photo(3, 4)], crop_size=2)
+    assert len(launch.prepared) == 1  # what is in use
 
 
 _filter_value = filter_kernel._filter_value
@@ -339,7 +349,7 @@ def test_planted_faults_are_found(monkeypatch, fault):
     images, settings = [surrounded(photo(60, 47), 255, 0)], {"crop_size": 10}
     check(images, **settings)
     fault(monkeypatch)
-    launch.prepare.cache_clear()
+    launch.prepared.clear()
     with pytest.raises(AssertionError, match="levels off"):
         check(images, **settings)
 
@@ -382,8 +392,8 @@ def test_real_sizes(dtype, interpolation):
     settings = {"interpolation": interpolation, "dtype": dtype}
     got = run(images, **settings)
     want = extract_crops_reference([i.cpu() for i in images], interpolation=interpolation)
-    worst, share = levels_off(got, want.double())
-    assert worst <= 1.01 and share <= 0.005
+    worst, _ = levels_off(got, want.double())
+    assert worst <= 0.01
 
 
 @pytest.mark.gpu

@@ -43,15 +43,17 @@ def owned(monkeypatch):
     The launcher's own buffers are added as they are allocated.
     """
     tensors = []
-    empty, load, store = (
-        torch.empty,
+    load, store = (
         InterpreterBuilder.create_masked_load,
         InterpreterBuilder.create_masked_store,
     )
 
-    def tracked(*args, **kwargs):
-        tensors.append(empty(*args, **kwargs))
-        return tensors[-1]
+    def tracked(allocate):
+        def allocated(*args, **kwargs):
+            tensors.append(allocate(*args, **kwargs))
+            return tensors[-1]
+
+        return allocated
 
     def tracked_plan(*args):
         made = plan.make_plan(*args)
@@ -67,8 +69,8 @@ def owned(monkeypatch):
             extent = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
             end = start + (extent + 1) * tensor.element_size()
             if tensor.dtype == torch.uint8 and not writes:
-                # Pixels are read as aligned words that hold at least one byte of the image.
-                start, end = start // 4 * 4, -(-end // 4) * 4
+                # Pixels are read as aligned vectors that hold at least one byte of the image.
+                start, end = start // 16 * 16, -(-end // 16) * 16
             fine |= (address >= start) & (address + size <= end)
         if not fine.all():
             raise OutOfBounds(f"{(~fine).sum()} of {fine.size} addresses")
@@ -81,7 +83,8 @@ def owned(monkeypatch):
         check(pointers, mask, writes=True)
         return store(self, pointers, value, mask, *args)
 
-    monkeypatch.setattr(torch, "empty", tracked)
+    monkeypatch.setattr(torch, "empty", tracked(torch.empty))
+    monkeypatch.setattr(torch, "zeros", tracked(torch.zeros))
     monkeypatch.setattr(launch, "make_plan", tracked_plan)
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", checked_load)
     monkeypatch.setattr(InterpreterBuilder, "create_masked_store", checked_store)
@@ -98,7 +101,7 @@ def run(owned, images, **settings):
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 def test_uint8_images_stay_inside_their_memory(owned, interpolation, fit):
     sizes = [(40, 30), (1, 1), (1, 9), (9, 1), (200, 12), (14, 130), (5, 7)]
-    images = [photo(*size) for size in sizes] + [photo(33, 31)[2:31, 1:30]]
+    images = [photo(*size) for size in sizes] + [photo(33, 31)[2:31, 1:30], photo(9, 48)[:, 5:]]
     run(owned, images, grid=(2, 1), crop_size=9, interpolation=interpolation, fit=fit)
 
 
@@ -108,15 +111,17 @@ def test_float_images_stay_inside_their_memory(owned, fit):
     run(owned, images, grid=(1, 2), crop_size=14, interpolation="bicubic", fit=fit)
 
 
-def test_a_planted_off_by_one_is_found(owned, monkeypatch):
+# Multiples of 16 bytes in all: vectors of the image end where it does. Rows alike, and not.
+@pytest.mark.parametrize("size", [(20, 32), (16, 22)])
+def test_a_planted_off_by_one_is_found(owned, monkeypatch, size):
     def wider(*args):
         source, target = place(*args)
         return source._replace(width=source.width + 1), target
 
-    image = photo(20, 22)  # a multiple of 4 bytes: words of the image end where it does
+    image = photo(*size)
     run(owned, [image], crop_size=8)
     monkeypatch.setattr(plan, "place", wider)
-    launch.prepare.cache_clear()
+    launch.prepared.clear()
     with pytest.raises(Exception, match="OutOfBounds"):
         run(owned, [image], crop_size=8)
 

@@ -110,7 +110,7 @@ def test_cuda_graph_replays_photos():
     sizes = [(40, 50), (300, 200)]
     with torch.inference_mode():
         graphed = encoder.cuda_graph(sizes)
-    prepared().cache_clear()
+    prepared().clear()
     for seed in range(3):
         torch.manual_seed(seed)
         photos = [torch.randint(0, 256, (*size, 3), dtype=torch.uint8) for size in sizes]
@@ -124,7 +124,7 @@ def test_cuda_graph_replays_photos():
 def prepared():
     from monkey_kernels.crops import launch
 
-    return launch.prepare
+    return launch.prepared
 
 
 def test_a_graph_keeps_the_tables_of_the_crops(monkeypatch):
@@ -139,7 +139,7 @@ def test_a_graph_keeps_the_tables_of_the_crops(monkeypatch):
         assert [len(table.images) for table in kept] == [2, 1]
         extract_crops(images, crop_size=4)  # outside: nobody keeps it
         assert tables == kept
-    prepared().cache_clear()
+    prepared().clear()
     torch.testing.assert_close(extract_crops(images, crop_size=4), expected)
 
 
