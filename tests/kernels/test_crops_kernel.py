@@ -310,7 +310,7 @@ def test_only_so_many_bands_are_kept(monkeypatch):
     assert len(made) == 4
     assert sum(call.bands.nbytes for call in launch.prepared.values()) <= launch.KEPT_BYTES
     monkeypatch.setattr(launch, "KEPT_BYTES", 0)
-    run([photo(3, 4)], crop_size=2)
+    run([photo(3, 7)], crop_size=2)
     assert len(launch.prepared) == 1  # what is in use
 
 
