@@ -65,6 +65,7 @@ def emulate_fp8(vit: TransformerBlock) -> TransformerBlock:
     return vit
 
 
+@pytest.mark.slow
 def test_error_beside_that_of_bfloat16() -> None:
     """The table of docs/encoding.md; its figures vary a little with a machine's order of sums."""
     rows = [line for line in DOCS.read_text().splitlines() if line.startswith("| outliers ")]
