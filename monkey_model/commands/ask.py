@@ -11,6 +11,7 @@ from monkey_model.commands.console import (
     DeviceOption,
     DTypeOption,
     PickleOption,
+    one_error,
     out_console,
     progress_bar,
     report,
@@ -107,7 +108,7 @@ def ask(
 
     problems: list[str] = []
     whose = str(checkpoint.resolve())
-    try:
+    with one_error():
         if batch is None or out is None:
             one = Question(str(question), (image,), 1)
             _answer(load(), one, whose if as_json else None)
@@ -126,15 +127,6 @@ def ask(
                 on_done=lambda count: progress.advance(task, count),
                 on_problem=report,
             )
-    except (
-        OSError,
-        TypeError,
-        ValueError,
-        ImportError,
-        RuntimeError,
-    ) as error:  # the last: a backend, or memory
-        report(str(error))
-        raise typer.Exit(2) from None
     if failed or problems:
         count = failed + len(problems)
         report(f"{count} of {len(questions) + len(problems)} questions were not answered")

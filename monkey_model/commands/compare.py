@@ -18,9 +18,9 @@ from monkey_model.commands.console import (
     PickleOption,
     default_dtype,
     err_console,
+    one_error,
     out_console,
     progress_bar,
-    report,
     say,
     usable_device,
 )
@@ -198,7 +198,7 @@ def compare(
     from monkey_model.evaluation.evaluate import SCORES, file_hash, versions, write_json
     from monkey_model.evaluation.records import check_metrics, check_pictures, read_records
 
-    try:
+    with one_error():
         sides = {
             "a": _parse_settings("--a", a_settings or ()),
             "b": _parse_settings("--b", b_settings or ()),
@@ -258,8 +258,5 @@ def compare(
         with atomic(out / "comparison.html") as file:
             Path(file).write_text(page, encoding="utf-8")
         write_json(out / "comparison.json", content)
-    except (OSError, RuntimeError, TypeError, ValueError) as error:  # RuntimeError: out of memory
-        report(str(error))
-        raise typer.Exit(2) from None
     _print(distances, answers)
     say(err_console, f"{shown(str(out / 'comparison.html'))} shows more")

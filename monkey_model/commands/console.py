@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated
 
@@ -59,6 +61,28 @@ def report(message: str) -> None:
     """Print ``message`` as an error."""
     err_console.print(Text("Error: ", "bold red"), end="")
     say(err_console, shown(message))
+
+
+#: What a user, or the machine, can cause. Of training, a RuntimeError is worth its traceback.
+WRONG_INPUT = (OSError, TypeError, ValueError, ImportError)
+
+
+@contextmanager
+def one_error(
+    errors: tuple[type[Exception], ...] = (*WRONG_INPUT, RuntimeError),
+) -> Iterator[None]:
+    """These errors end the command with one line, and exit code 2.
+
+    Args:
+        errors: by default also the RuntimeErrors of memory, or of a backend that cannot run.
+    """
+    try:
+        yield
+    except typer.Exit:  # a RuntimeError, too
+        raise
+    except errors as error:
+        report(str(error))
+        raise typer.Exit(2) from None
 
 
 def progress_bar(doing: str, *, disable: bool = False, unit: str | None = None) -> Progress:

@@ -18,7 +18,7 @@ from monkey_model.commands.console import (
     check_free,
     default_dtype,
     err_console,
-    report,
+    one_error,
     say,
     usable_device,
 )
@@ -64,7 +64,7 @@ def demo(
 
     # The limit itself is an error of load_image's; this process is ours to keep quiet.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-    try:
+    with one_error():
         # What is wrong with these should not wait for the model.
         need_extra("gradio", "demo", "monkey demo")
         check_free(host, port)
@@ -86,12 +86,3 @@ def demo(
             with serving(answerer, note, host, port) as address:
                 say(err_console, f"{address} (Ctrl-C ends it)")
                 _wait()
-    except (
-        ImportError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:  # RuntimeError: out of memory
-        report(str(error))
-        raise typer.Exit(2) from None

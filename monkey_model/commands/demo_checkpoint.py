@@ -13,7 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from monkey_model.commands.console import err_console, report, say
+from monkey_model.commands.console import (
+    err_console,
+    one_error,
+    say,
+)
 from monkey_model.files import make_public, writing
 from monkey_model.inputs.fetch import shown
 
@@ -127,9 +131,6 @@ def demo_checkpoint(
     directory: Annotated[Path, typer.Argument(help="Where to; must not exist yet, or be empty.")],
 ) -> None:
     """Write a small checkpoint of random weights, to try encode, ask, finetune and merge on."""
-    try:
+    with one_error():
         write_demo_checkpoint(directory)
-    except (OSError, ValueError) as error:
-        report(str(error))
-        raise typer.Exit(2) from None
     say(err_console, f"random weights, whose answers carry no meaning -> {shown(str(directory))}")

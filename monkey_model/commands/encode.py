@@ -16,6 +16,7 @@ from monkey_model.commands.console import (
     ShardOption,
     default_dtype,
     err_console,
+    one_error,
     parse_pair,
     parse_shard,
     progress_bar,
@@ -199,7 +200,7 @@ def encode(
             "[yellow]No --checkpoint: a small encoder with random weights (seed 0) stands in. "
             "These tokens carry no meaning.[/]"
         )
-    try:
+    with one_error():
         if ray is not None:
             from monkey_model.serving.encode_on_ray import encode_on_ray
             from monkey_model.serving.on_ray import cluster_device
@@ -236,9 +237,6 @@ def encode(
                     on_written=lambda message: say(err_console, message),
                     on_problem=report,
                 )
-    except (ValueError, OSError, RuntimeError, ImportError) as error:  # a backend, or memory
-        report(str(error))
-        raise typer.Exit(2) from None
     if outcome.failed or outcome.failed_before:
         names = [*outcome.failed]
         if outcome.failed_before:

@@ -16,6 +16,7 @@ from monkey_model.commands.console import (
     ShardOption,
     default_dtype,
     err_console,
+    one_error,
     out_console,
     parse_shard,
     progress_bar,
@@ -216,7 +217,7 @@ def evaluate(
     from monkey_model.evaluation.records import check_metrics, read_predictions, read_records
     from monkey_model.evaluation.worst_page import build_worst_page
 
-    try:
+    with one_error():
         check_output_folder(out)
         part = None if shard is None else parse_shard(shard)
         if part is not None and checkpoint is None:
@@ -278,9 +279,6 @@ def evaluate(
             scored = score(records, answers, metrics)
             page = build_worst_page(scored, shown(chosen.name), settings, worst)
             content = write_results(out, scored, settings, page)
-    except (OSError, RuntimeError, TypeError, ValueError) as error:  # RuntimeError: out of memory
-        report(str(error))
-        raise typer.Exit(2) from None
     if len(answers) < asked:
         report(f"{asked - len(answers)} of {asked} questions were not answered")
         raise typer.Exit(1)

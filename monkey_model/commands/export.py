@@ -8,7 +8,13 @@ from typing import Annotated
 
 import typer
 
-from monkey_model.commands.console import PickleOption, err_console, report, say, shown
+from monkey_model.commands.console import (
+    PickleOption,
+    err_console,
+    one_error,
+    say,
+    shown,
+)
 
 
 class Target(str, Enum):
@@ -24,11 +30,8 @@ def export(
     """Write the language model for other engines, and the visual encoder in OUT/visual."""
     from monkey_model.serving.export import export_qwen2
 
-    try:
+    with one_error():
         config = export_qwen2(checkpoint, out, allow_pickle=allow_pickle)
-    except (OSError, ValueError) as error:
-        report(str(error))
-        raise typer.Exit(2) from None
     length = config.max_position_embeddings
     say(
         err_console,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from monkey_model.commands.console import PickleOption, err_console, report, say
+from monkey_model.commands.console import WRONG_INPUT, PickleOption, err_console, one_error, say
 from monkey_model.inputs.fetch import shown
 
 
@@ -60,16 +60,13 @@ def finetune(
         "allow_pickle": allow_pickle or None,
     }
     given = {name: value for name, value in flags.items() if value is not None}
-    try:
+    with one_error(WRONG_INPUT):
         loaded = load_config(config, settings or (), given)
         # Not before: a wrong key should not wait for transformers.
         from monkey_model.training.finetune import finetune as run
 
         trained = run(loaded, resume=resume)
         _leave_process_group()
-    except (OSError, TypeError, ValueError, ImportError) as error:
-        report(str(error))
-        raise typer.Exit(2) from None
     if trained is None:
         message = "the run has finished; nothing has changed"
     else:
@@ -94,11 +91,8 @@ def merge(
     """Merge LoRA and trained parts into a checkpoint of upstream's layout."""
     from monkey_model.training.finetune import merge as run
 
-    try:
+    with one_error(WRONG_INPUT):
         if out.exists():
             raise ValueError(f"--out must not exist yet; got {out}")
         run(checkpoint, adapter, out, allow_pickle=allow_pickle)
-    except (OSError, TypeError, ValueError) as error:
-        report(str(error))
-        raise typer.Exit(2) from None
     say(err_console, f"{shown(str(adapter))} -> {shown(str(out))}")

@@ -15,7 +15,7 @@ from monkey_model.commands.console import (
     PickleOption,
     default_dtype,
     err_console,
-    report,
+    one_error,
     say,
     usable_device,
 )
@@ -112,7 +112,7 @@ def look(
 ) -> None:
     """Show where a model looks in a picture: one HTML page that needs no network."""
     settings = {"interpolation": interpolation, "fit": fit}
-    try:
+    with one_error():
         if question is not None and checkpoint is None:
             raise ValueError("--question needs --checkpoint, the directory of a whole model")
         _check_outputs(image, out, png)
@@ -153,9 +153,6 @@ def look(
                 Path(file).write_bytes(content)
         with atomic(out) as file:
             Path(file).write_text(page, encoding="utf-8")
-    except (OSError, RuntimeError, TypeError, ValueError) as error:  # RuntimeError: out of memory
-        report(str(error))
-        raise typer.Exit(2) from None
     if png is not None:
         say(err_console, f"{', '.join(pngs)} -> {shown(str(png))}")
     say(err_console, f"{shown(image)} -> {shown(str(out))}")

@@ -11,7 +11,12 @@ from typing import Annotated
 
 import typer
 
-from monkey_model.commands.console import PickleOption, check_free, report
+from monkey_model.commands.console import (
+    PickleOption,
+    check_free,
+    one_error,
+    report,
+)
 
 
 def serve(
@@ -36,12 +41,9 @@ def serve(
         check_servable,
     )
 
-    try:
+    with one_error():
         pictures = check_servable(checkpoint, allow_pickle)
         check_free(host, port)
-    except (OSError, TypeError, ValueError) as error:
-        report(str(error))
-        raise typer.Exit(2) from None
     # Of an option that comes twice vLLM takes the last: the caller's.
     options = ["--limit-mm-per-prompt", json.dumps({"image": pictures})]
     if plain:

@@ -459,3 +459,13 @@ def test_mean_and_error():
     assert evaluate.mean_and_error([0.5]) == {"mean": 0.5, "standard_error": None}
     found = evaluate.mean_and_error([0, 1, 1, 0])
     assert found["mean"] == 0.5 and found["standard_error"] == pytest.approx((1 / 3) ** 0.5 / 2)
+
+
+def test_a_package_that_is_missing_is_one_line(checkpoint, folder, monkeypatch):
+    def load(*arguments, **settings):
+        raise ImportError("4bit needs bitsandbytes")
+
+    monkeypatch.setattr("monkey_model.commands.evaluate.load_answerer", load)
+    done = run("--data", "data.jsonl", "--metric", "anls", "--checkpoint", checkpoint,
+               "--out", "out", "--device", "cpu", code=2)  # fmt: skip
+    assert "Error: 4bit needs bitsandbytes\n" in done.stderr
