@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import importlib
 import json
 import logging
@@ -16,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,14 @@ def unreadable_pickle(path: str | Path) -> ValueError:
         f"{path} is no readable weights file: it is damaged, or holds something else than "
         "tensors, which is not loaded"
     )
+
+
+def sha256_of(file: IO[bytes]) -> str:
+    """SHA-256 of the rest of an open file, in hexadecimal; it is never in memory as a whole."""
+    digest = hashlib.sha256()
+    while block := file.read(2**20):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 def read_text(path: Path) -> str:

@@ -7,7 +7,6 @@ The folder holds ``settings.json`` from the start, which says what the answers a
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -20,7 +19,7 @@ from typing import Any
 
 from monkey_model.evaluation.metrics import Metric
 from monkey_model.evaluation.records import Id, Record
-from monkey_model.files import atomic, json_lines, list_problems, read_json
+from monkey_model.files import atomic, json_lines, list_problems, read_json, sha256_of
 from monkey_model.serving.answer import Answerer, Question, answer_file, unanswered
 
 SETTINGS = "settings.json"
@@ -124,11 +123,8 @@ def questions_for(records: Sequence[Record], template: str, chat: bool) -> list[
 
 def file_hash(path: str | Path) -> str:
     """SHA-256 of a file."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return sha256_of(file)
 
 
 def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:

@@ -19,6 +19,8 @@ from typing import IO, TypeAlias, cast
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from monkey_model.files import sha256_of
+
 # What Pillow decodes itself (MPO, a JPEG with more pictures behind it, comes with JPEG). Left out:
 # what runs a program (EPS) or hands an inner file to Image.open (IPTC), or to a handler that some
 # other package registered (WMF, BUFR, GRIB, HDF5); what is decoded pixel by pixel in Python (QOI)
@@ -80,6 +82,16 @@ def open_file(path: str) -> Iterator[IO[bytes]]:
             message = f"must have at most MAX_FILE_BYTES = {MAX_FILE_BYTES}; got {status.st_size}"
             raise ValueError(f"source {path!r} {message}")
         yield file
+
+
+def picture_digest(path: str) -> str:
+    """SHA-256 of a picture file, in hexadecimal.
+
+    Raises:
+        OSError, ValueError: those of :func:`open_file`.
+    """
+    with open_file(path) as file:
+        return sha256_of(file)
 
 
 def open_picture(file: IO[bytes], *, header_only: bool = False) -> Image.Image:

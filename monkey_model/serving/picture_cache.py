@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -10,7 +9,7 @@ from concurrent.futures import Future
 
 from torch import Tensor
 
-from monkey_model.inputs.picture_files import open_file
+from monkey_model.inputs.picture_files import picture_digest
 
 #: Of crops and tokens that are kept for questions to come: at real size, some 50 pictures.
 CACHE_BYTES = 2**30
@@ -23,7 +22,7 @@ class Shown:
         key: of its content.
     """
 
-    def __init__(self, key: bytes) -> None:
+    def __init__(self, key: str) -> None:
         self.key = key
         self.crops: Future[Tensor] = Future()
         self.tokens: Tensor | None = None
@@ -46,7 +45,7 @@ class PictureCache:
         most_bytes: int = CACHE_BYTES,
     ) -> None:
         self._read, self._encode, self._most = read, encode, most_bytes
-        self._kept: OrderedDict[bytes, Shown] = OrderedDict()
+        self._kept: OrderedDict[str, Shown] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
 
@@ -56,7 +55,7 @@ class PictureCache:
         Raises:
             OSError, ValueError: it cannot be read.
         """
-        key = _digest(path)
+        key = picture_digest(path)
         with self._lock:
             shown = self._kept.get(key)
             if first := shown is None:
@@ -102,11 +101,3 @@ class PictureCache:
         if self._kept.get(shown.key) is shown:
             del self._kept[shown.key]
             self._bytes -= shown.bytes
-
-
-def _digest(path: str) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    with open_file(path) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.digest()

@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.integrations import unset_hf_deepspeed_config
 
-from monkey_model.checkpoint import load_model
+from monkey_model.checkpoint import load_model, load_processor
 from monkey_model.files import (
     atomic,
     atomic_directory,
@@ -210,7 +210,7 @@ def _train(
     start: Path | None,
 ) -> FreezeReport:
     arguments.save_total_limit, limit = None, arguments.save_total_limit
-    processor = MonkeyProcessor.from_pretrained(config.checkpoint)
+    processor = load_processor(config.checkpoint)
     train_data = _dataset(config, config.data, processor.tokenizer, packing=config.packing)
     eval_data = config.eval_data and _dataset(config, config.eval_data, processor.tokenizer)
     model, report = build_model(config, arguments)
@@ -360,7 +360,7 @@ def merge(
     merged = wrapped.merge_and_unload()
     with atomic_directory(Path(output_dir)) as place:
         merged.to(dtype).save_pretrained(place)
-        MonkeyProcessor.from_pretrained(checkpoint).save_pretrained(place)
+        load_processor(checkpoint).save_pretrained(place)
 
 
 def draw_loss_curve(history: Iterable[Mapping[str, Any]], path: str | Path) -> None:

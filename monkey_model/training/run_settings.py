@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from monkey_model.files import list_problems
+from monkey_model.files import list_problems, sha256_of
 from monkey_model.training.config import RECIPE, FinetuneConfig, launch_arguments
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ def run_settings(config: FinetuneConfig, arguments: TrainingArguments) -> dict[s
     settings["checkpoint"]["sha256"] = _digest_of_directory(Path(config.checkpoint))
     for name, path in (("data", config.data), ("eval_data", config.eval_data)):
         if path is not None:
-            settings[name]["sha256"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            with open(path, "rb") as file:
+                settings[name]["sha256"] = sha256_of(file)
     return settings
 
 

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers.utils.logging import tqdm
 
 from monkey_model.files import atomic
-from monkey_model.inputs.picture_files import open_file
+from monkey_model.inputs.picture_files import picture_digest
 from monkey_model.parameter_names import is_frozen_twin
 from monkey_model.training.conversations import Conversation
 from monkey_model.training.run_directory import from_main_process
@@ -102,19 +102,6 @@ class TokenCache:
             f"image {path!r}: its visual tokens cannot be read from {place}: {reason}; start again "
             "with --resume, which encodes what is missing"
         )
-
-
-def picture_digest(path: str) -> str:
-    """SHA-256 of a picture file.
-
-    Raises:
-        OSError, ValueError: it cannot be read, or is no regular file.
-    """
-    digest = hashlib.sha256()
-    with open_file(path) as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def encoder_digest(visual: nn.Module, settings: Mapping[str, Any]) -> str:

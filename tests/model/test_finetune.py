@@ -50,18 +50,9 @@ from monkey_model.training.run_directory import (
 )
 from monkey_model.visual import VisionTransformer
 from tests.helpers.checkpoint import write_checkpoint, write_data
+from tests.helpers.finetuning import QUICK, finetune_config
 
-TRAINING = {
-    "use_cpu": True,
-    "max_steps": 30,
-    "per_device_train_batch_size": 4,
-    "gradient_accumulation_steps": 1,
-    "learning_rate": 3e-3,
-    "save_steps": 10,
-    "dataloader_num_workers": 0,
-    "disable_tqdm": True,
-    "report_to": "none",
-}
+TRAINING = {**QUICK, "max_steps": 30, "save_steps": 10}
 
 
 @pytest.fixture(autouse=True)
@@ -94,17 +85,8 @@ def resumable(start, tmp_path_factory):
 @pytest.fixture
 def config(start, tmp_path):
     def config(name="out", training=None, **settings):
-        checkpoint, data = start
-        return FinetuneConfig(
-            **{
-                "checkpoint": str(checkpoint),
-                "data": str(data),
-                "output_dir": str(tmp_path / name),
-                "dtype": "float32",
-                "training": {**TRAINING, **(training or {})},
-                **settings,
-            }
-        )
+        training = {**TRAINING, **(training or {})}
+        return finetune_config(*start, tmp_path / name, training, **settings)
 
     return config
 

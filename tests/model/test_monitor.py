@@ -12,12 +12,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import TrainerState
 
-from monkey_model.training.config import FinetuneConfig, training_arguments
+from monkey_model.training.config import training_arguments
 from monkey_model.training.conversations import read_conversations
 from monkey_model.training.finetune import draw_loss_curve, finetune
 from monkey_model.training.monitor import SAMPLES, SampleAnswers, Speed, count
 from monkey_model.training.run_directory import last_complete_checkpoint
 from tests.helpers.checkpoint import tiny_processor, write_checkpoint, write_data
+from tests.helpers.finetuning import QUICK, finetune_config
 
 SPEED = (
     "samples_per_second",
@@ -26,16 +27,7 @@ SPEED = (
     "waiting_share",
     "peak_memory_gib",
 )
-TRAINING = {
-    "use_cpu": True,
-    "max_steps": 4,
-    "per_device_train_batch_size": 4,
-    "gradient_accumulation_steps": 1,
-    "learning_rate": 3e-3,
-    "dataloader_num_workers": 0,
-    "disable_tqdm": True,
-    "report_to": "none",
-}
+TRAINING = {**QUICK, "max_steps": 4}
 BLUE = (31, 119, 180)  # of a figure's first line
 
 
@@ -50,17 +42,8 @@ def start(tmp_path_factory):
 @pytest.fixture
 def config(start, tmp_path):
     def config(name="out", training=None, **settings):
-        checkpoint, data = start
-        return FinetuneConfig(
-            **{
-                "checkpoint": str(checkpoint),
-                "data": str(data),
-                "output_dir": str(tmp_path / name),
-                "dtype": "float32",
-                "training": {**TRAINING, **(training or {})},
-                **settings,
-            }
-        )
+        training = {**TRAINING, **(training or {})}
+        return finetune_config(*start, tmp_path / name, training, **settings)
 
     return config
 

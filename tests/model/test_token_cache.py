@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from monkey_model.inputs.picture_files import picture_digest
 from monkey_model.training import token_cache
-from monkey_model.training.config import FinetuneConfig
 from monkey_model.training.conversations import (
     ConversationCollator,
     ConversationDataset,
@@ -21,11 +21,13 @@ from monkey_model.training.conversations import (
 from monkey_model.training.finetune import build_model, encoder, finetune, training_arguments
 from monkey_model.training.monitor import SAMPLES
 from monkey_model.training.run_directory import CompleteCheckpoints, last_complete_checkpoint
-from monkey_model.training.token_cache import TokenCache, encoder_digest, picture_digest
+from monkey_model.training.token_cache import TokenCache, encoder_digest
 from monkey_model.visual import VisionTransformer
 from tests.helpers.checkpoint import COLOURS, tiny_processor, write_checkpoint, write_data
+from tests.helpers.finetuning import QUICK, finetune_config
 from tests.helpers.tiny import SPAN, tiny_batch, tiny_model
 
+TRAINING = {**QUICK, "max_steps": 2, "warmup_steps": 0}
 FROZEN = {"train_resampler": False, "train_vit_lora": False}
 
 
@@ -38,29 +40,8 @@ def start(tmp_path_factory):
 @pytest.fixture
 def config(start, tmp_path):
     def config(name="out", training=None, **settings):
-        checkpoint, data = start
-        defaults = {
-            "use_cpu": True,
-            "max_steps": 2,
-            "per_device_train_batch_size": 4,
-            "gradient_accumulation_steps": 1,
-            "learning_rate": 3e-3,
-            "warmup_steps": 0,
-            "dataloader_num_workers": 0,
-            "disable_tqdm": True,
-            "report_to": "none",
-        }
-        return FinetuneConfig(
-            **{
-                "checkpoint": str(checkpoint),
-                "data": str(data),
-                "output_dir": str(tmp_path / name),
-                "dtype": "float32",
-                "freeze": FROZEN,
-                "training": {**defaults, **(training or {})},
-                **settings,
-            }
-        )
+        training = {**TRAINING, **(training or {})}
+        return finetune_config(*start, tmp_path / name, training, **{"freeze": FROZEN, **settings})
 
     return config
 
