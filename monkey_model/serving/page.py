@@ -1,4 +1,4 @@
-"""Pages of HTML that need nothing else: a template, the style that all share, data in JSON."""
+"""Pages of HTML that need nothing else: a template, a style and script for all, data in JSON."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ def build_page(package: str, template: str, data: Any) -> str:
 
     Args:
         package: of monkey_model, that has the template.
-        template: its file, with ``{{STYLE}}`` at the beginning of a style element, and ``{{DATA}}``
-            in a script element of JSON.
+        template: its file, with ``{{STYLE}}`` and ``{{SCRIPT}}`` at the beginning of a style and of
+            a module element, and ``{{DATA}}`` in a script element of JSON.
         data: what JSON can hold.
     """
     folder = files("monkey_model")
     page = (folder / package / template).read_text(encoding="utf-8")
-    style = (folder / "serving" / "page.css").read_text(encoding="utf-8")
-    head, tail = page.replace("{{STYLE}}", style).split("{{DATA}}")
+    for place, file in (("{{STYLE}}", "page.css"), ("{{SCRIPT}}", "page.js")):
+        page = page.replace(place, (folder / "serving" / file).read_text(encoding="utf-8"))
+    head, tail = page.split("{{DATA}}")
     # In a script element only "<" could end the data.
     return head + json.dumps(data).replace("<", "\\u003c") + tail
 
