@@ -115,8 +115,6 @@ def gain(row: Row, group: Sequence[Row], against: str = "") -> float | None:
     """
     against = against or baseline(group)
     if row.info.get("against") == against:
-        if "baseline" not in row.info:  # older runs kept the median of each round's ratio
-            return row.info["speed"]["median"]
         return row.info["baseline"]["median"] / row.value["median"]
     found = [other.value["median"] for other in group if other.provider == against]
     return found[0] / row.value["median"] if found and row.provider != against else None
